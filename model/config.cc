@@ -56,8 +56,9 @@ class FieldReader {
     }
     const uint64_t* number = value->AsUint();
     if (number == nullptr) {
-      Fail(Bad(Path(key), absl::StrCat("is ", value->AsNegativeInt() ? "negative" : value->KindName(),
-                                       ", expected a non-negative integer")));
+      Fail(Bad(Path(key),
+               absl::StrCat("is ", value->AsNegativeInt() ? "negative" : value->KindName(),
+                            ", expected a non-negative integer")));
       return low;
     }
     if (*number > static_cast<uint64_t>(high) || static_cast<int64_t>(*number) < low) {
@@ -118,14 +119,14 @@ class FieldReader {
   void RequireText(absl::string_view key, absl::string_view served) {
     const std::string text = Text(key, std::string(served));
     if (status_.ok() && text != served) {
-      Fail(Unsupported(Path(key), absl::StrCat("\"", text, "\" is not supported, only \"", served,
-                                               "\"")));
+      Fail(Unsupported(Path(key),
+                       absl::StrCat("\"", text, "\" is not supported, only \"", served, "\"")));
     }
   }
   void RequireBool(absl::string_view key, bool served) {
     if (Bool(key, served) != served && status_.ok()) {
-      Fail(Unsupported(Path(key), absl::StrCat("only ", served ? "true" : "false",
-                                               " is supported")));
+      Fail(Unsupported(Path(key),
+                       absl::StrCat("only ", served ? "true" : "false", " is supported")));
     }
   }
 
@@ -142,10 +143,11 @@ absl::StatusOr<ModelType> ParseModelType(FieldReader& fields) {
        {ModelType::kDeepseekV2, ModelType::kDeepseekV3, ModelType::kKimiK2}) {
     if (name == Name(type)) return type;
   }
-  return Unsupported("model_type",
-                     absl::StrCat("\"", name.substr(0, 64),
-                                  "\" is not supported; this build serves deepseek_v2 (V2, V2-Lite), "
-                                  "deepseek_v3 (V3, R1, V3.1, Moonlight) and kimi_k2"));
+  return Unsupported(
+      "model_type",
+      absl::StrCat("\"", name.substr(0, 64),
+                   "\" is not supported; this build serves deepseek_v2 (V2, V2-Lite), "
+                   "deepseek_v3 (V3, R1, V3.1, Moonlight) and kimi_k2"));
 }
 
 // One dict of rope settings: the value of rope_scaling, or rope_parameters (which also holds
@@ -243,8 +245,7 @@ absl::Status ParseExperts(FieldReader& fields, ModelConfig& config) {
   config.moe_intermediate_size = fields.Int("moe_intermediate_size", 1, kMaxSize);
   config.n_shared_experts = fields.Int("n_shared_experts", 0, 1024, 0);
   config.num_experts_per_tok = fields.Int("num_experts_per_tok", 1, config.n_routed_experts);
-  config.first_k_dense_replace =
-      fields.Int("first_k_dense_replace", 0, config.num_hidden_layers);
+  config.first_k_dense_replace = fields.Int("first_k_dense_replace", 0, config.num_hidden_layers);
   config.moe_layer_freq = fields.Int("moe_layer_freq", 1, kMaxSize, 1);
   // The V3 class's defaults for these are V3's own values; a file that leaves them out may mean any
   // model, so only V2's harmless defaults (no groups, no scaling) are taken over.
@@ -252,8 +253,7 @@ absl::Status ParseExperts(FieldReader& fields, ModelConfig& config) {
   config.n_group = fields.Int("n_group", 1, config.n_routed_experts, v2_default(int64_t{1}));
   config.topk_group = fields.Int("topk_group", 1, config.n_group, v2_default(int64_t{1}));
   config.norm_topk_prob = fields.Bool("norm_topk_prob", v2_default(false));
-  config.routed_scaling_factor =
-      fields.Number("routed_scaling_factor", 1e-6, 1e6, v2_default(1.0));
+  config.routed_scaling_factor = fields.Number("routed_scaling_factor", 1e-6, 1e6, v2_default(1.0));
 
   const std::string scoring = fields.Text("scoring_func", is_v2 ? "softmax" : "sigmoid");
   const std::string method = fields.Text("topk_method", is_v2 ? "greedy" : "noaux_tc");
@@ -263,8 +263,9 @@ absl::Status ParseExperts(FieldReader& fields, ModelConfig& config) {
   } else if (scoring == Name(ScoringFunc::kSigmoid)) {
     config.scoring_func = ScoringFunc::kSigmoid;
   } else {
-    return Unsupported("scoring_func", absl::StrCat("\"", scoring.substr(0, 64),
-                                                    "\" is not supported, only softmax and sigmoid"));
+    return Unsupported(
+        "scoring_func",
+        absl::StrCat("\"", scoring.substr(0, 64), "\" is not supported, only softmax and sigmoid"));
   }
   if (method == Name(TopkMethod::kGreedy)) {
     config.topk_method = TopkMethod::kGreedy;
@@ -318,7 +319,8 @@ absl::Status ParseQuantization(FieldReader& fields, ModelConfig& config) {
   const JsonValue::Array* sizes = block == nullptr ? nullptr : block->AsArray();
   const auto is_128 = [](const JsonValue& v) { return v.AsUint() && *v.AsUint() == 128; };
   if (sizes == nullptr || sizes->size() != 2 || !is_128((*sizes)[0]) || !is_128((*sizes)[1])) {
-    inner.Fail(Unsupported("quantization_config.weight_block_size", "only [128, 128] is supported"));
+    inner.Fail(
+        Unsupported("quantization_config.weight_block_size", "only [128, 128] is supported"));
   }
   Fp8Quantization quantization;
   const std::string scale_format = inner.Text("scale_fmt", "float");

@@ -35,8 +35,8 @@ const char* Name(WireDtype dtype);
 
 // rope_scaling of type "yarn" (Peng et al. 2023); see model/rope.h for what it does.
 struct YarnScaling {
-  double factor = 1;                              // > 1
-  int64_t original_max_position_embeddings = 0;   // tokens
+  double factor = 1;                             // > 1
+  int64_t original_max_position_embeddings = 0;  // tokens
   double beta_fast = 32;
   double beta_slow = 1;
   double mscale = 1;
@@ -87,9 +87,9 @@ struct ModelConfig {
   bool norm_topk_prob = false;
   double routed_scaling_factor = 1;
 
-  bool tie_word_embeddings = false;    // lm_head.weight is model.embed_tokens.weight
+  bool tie_word_embeddings = false;  // lm_head.weight is model.embed_tokens.weight
   std::optional<TokenId> bos_token_id;
-  std::vector<TokenId> eos_token_id;   // from config.json and generation_config.json; ascending
+  std::vector<TokenId> eos_token_id;  // from config.json and generation_config.json; ascending
 
   std::optional<Fp8Quantization> quantization;  // absent: a BF16 checkpoint
 
@@ -106,8 +106,8 @@ struct ModelConfig {
   // Values per token and layer in the latent cache.
   int64_t latent_dim() const { return kv_lora_rank + qk_rope_head_dim; }
   int64_t shared_intermediate_size() const { return n_shared_experts * moe_intermediate_size; }
-  // Factor of attention scores: qk_head_dim^-1/2 * m^2, m = YaRN's attention temperature (DeepSeek-V3
-  // model code; m = 1 without YaRN or without mscale_all_dim).
+  // Factor of attention scores: qk_head_dim^-1/2 * m^2, m = YaRN's attention temperature
+  // (DeepSeek-V3 model code; m = 1 without YaRN or without mscale_all_dim).
   double softmax_scale() const;
   WireDtype wire_dtype() const { return quantization ? WireDtype::kE4m3 : WireDtype::kBf16; }
 };

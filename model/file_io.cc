@@ -85,8 +85,7 @@ absl::Status ReplaceFile(const std::string& path, absl::string_view content) {
   const std::string temporary = absl::StrCat(path, ".tmp.", ::getpid());
   absl::Status status;
   {
-    const UniqueFd fd(
-        ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+    const UniqueFd fd(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
     if (!fd) return ErrnoStatus(errno, temporary, "create");
     status = WriteAll(fd.get(), content, temporary);
     if (status.ok() && ::fsync(fd.get()) != 0) status = ErrnoStatus(errno, temporary, "sync");

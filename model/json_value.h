@@ -1,7 +1,7 @@
 #pragma once
 
-// JSON as a checkpoint directory needs it: strict, bounded, and without exceptions. Everything under
-// model/ that reads JSON from outside (config.json, safetensors headers, indexes, manifests,
+// JSON as a checkpoint directory needs it: strict, bounded, and without exceptions. Everything
+// under model/ that reads JSON from outside (config.json, safetensors headers, indexes, manifests,
 // tokenizer.json) goes through ParseJson, so that these rules hold everywhere:
 //
 //   - a duplicate key in an object is an error (most libraries keep the last one silently, so two

@@ -106,14 +106,38 @@ TEST(Config, ReadsDeepSeekV3) {
 
 TEST(Config, YarnFrequenciesOfV3EqualThePublishedTable) {
   const ModelConfig c = *ParseConfig(kV3);
-  const std::vector<double> expected = {
-      1,              0.749894209,    0.562341325,    0.421696503,    0.316227766,
-      0.237137371,    0.177827941,    0.133352143,    0.1,            0.0749894209,
-      0.0562341325,   0.0390069266,   0.0268793601,   0.0183781462,   0.0124479559,
-      0.00833450895,  0.0055,         0.00356199749,  0.0022493653,   0.00137051364,
-      0.000790569415, 0.000414990398, 0.000177827941, 3.33380358e-05, 2.5e-05,
-      1.87473552e-05, 1.40585331e-05, 1.05424126e-05, 7.90569415e-06, 5.92843426e-06,
-      4.44569853e-06, 3.33380358e-06};
+  const std::vector<double> expected = {1,
+                                        0.749894209,
+                                        0.562341325,
+                                        0.421696503,
+                                        0.316227766,
+                                        0.237137371,
+                                        0.177827941,
+                                        0.133352143,
+                                        0.1,
+                                        0.0749894209,
+                                        0.0562341325,
+                                        0.0390069266,
+                                        0.0268793601,
+                                        0.0183781462,
+                                        0.0124479559,
+                                        0.00833450895,
+                                        0.0055,
+                                        0.00356199749,
+                                        0.0022493653,
+                                        0.00137051364,
+                                        0.000790569415,
+                                        0.000414990398,
+                                        0.000177827941,
+                                        3.33380358e-05,
+                                        2.5e-05,
+                                        1.87473552e-05,
+                                        1.40585331e-05,
+                                        1.05424126e-05,
+                                        7.90569415e-06,
+                                        5.92843426e-06,
+                                        4.44569853e-06,
+                                        3.33380358e-06};
   const std::vector<float> actual = RopeInvFreq(c);
   ASSERT_EQ(actual.size(), expected.size());
   for (size_t i = 0; i < expected.size(); ++i) {
@@ -162,7 +186,8 @@ TEST(Config, ReadsV2LiteAndV2) {
 
 TEST(Config, ReadsMoonlightKimiAndV31) {
   std::string moonlight = kV3;
-  moonlight = Edit(moonlight, R"("rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+  moonlight = Edit(moonlight,
+                   R"("rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
                    "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},)",
                    "");
   moonlight = Edit(moonlight, "\"rope_theta\": 10000", "\"rope_theta\": 50000.0");
@@ -318,9 +343,8 @@ TEST(Config, MalformedJsonIsRefused) {
   EXPECT_TRUE(absl::StrContains(Error("[]"), "expected an object"));
   EXPECT_TRUE(absl::StrContains(Error(std::string(kV3) + "x"), "JSON"));
   EXPECT_TRUE(absl::StrContains(Error(std::string(kV3) + '\0'), "NUL"));
-  EXPECT_TRUE(
-      absl::StrContains(Error(Edit(kV3, "\"n_group\"", "\"hidden_size\": 1, \"n_group\"")),
-                        "duplicate key \"hidden_size\""));
+  EXPECT_TRUE(absl::StrContains(Error(Edit(kV3, "\"n_group\"", "\"hidden_size\": 1, \"n_group\"")),
+                                "duplicate key \"hidden_size\""));
 }
 
 TEST(LoadConfig, MergesEndTokensAndNamesTheFile) {
