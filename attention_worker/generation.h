@@ -5,12 +5,15 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "base/ids.h"
 #include "kernels/sampling.h"
+#include "runtime/context.h"
+#include "runtime/message.h"
 
 namespace moebius::attention_worker {
 
@@ -70,6 +73,12 @@ struct Cancel {
 // Refuse new requests, finish those aboard, then call `on_drained` (once, on the loop thread).
 struct Drain {
   std::function<void()> on_drained;
+};
+
+// Use another router from now on (also for the layer that waits for an answer).
+struct RouterUpdate {
+  runtime::ActorAddress router;
+  std::optional<runtime::PeerInfo> peer;  // nullopt for a router of this node
 };
 
 }  // namespace moebius::attention_worker
