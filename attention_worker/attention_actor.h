@@ -48,9 +48,6 @@ struct AttentionModel {
   const model::Tokenizer* tokenizer = nullptr;  // only for stop strings; may be nullptr
 };
 
-// INVALID_ARGUMENT naming the option that makes no sense for this model.
-absl::Status ValidateOptions(const model::ModelConfig& config, const AttentionOptions& options);
-
 class AttentionActor final : public runtime::Actor {
  public:
   // REQUIRES: ValidateOptions(*model.config, options).ok(). Allocates the cache and all buffers.

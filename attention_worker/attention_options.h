@@ -13,6 +13,10 @@
 #include "runtime/context.h"
 #include "runtime/message.h"
 
+namespace moebius::model {
+struct ModelConfig;
+}
+
 namespace moebius::attention_worker {
 
 struct AttentionOptions {
@@ -47,10 +51,15 @@ struct AttentionOptions {
   // Largest Submit::top_n.
   int32_t max_top_n = 32;
 
+  // Ids from this on are padding rows of the head and never drawn; 0 = vocab_size (none are).
+  int64_t sampled_vocab = 0;
   // Tokens that end a stream, from generation_config.json or config.json (an int or a list there);
   // empty = the eos_token_id list of the model's config.
   std::vector<TokenId> eos_token_ids;
 };
+
+// INVALID_ARGUMENT naming the option that makes no sense for this model.
+absl::Status ValidateOptions(const model::ModelConfig& config, const AttentionOptions& options);
 
 // What an attention worker has done and holds. A snapshot; the values of one snapshot may be a few
 // events apart.

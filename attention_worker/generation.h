@@ -60,7 +60,8 @@ struct Submit {
   bool ignore_eos = false;
   int64_t deadline_ms = 0;  // from receipt; 0 = none
   std::function<void(const TokenEvent&)> on_token;
-  // Score request: set on_score (then max_tokens is 0 and nothing is generated).
+  // Score request: set on_score (then max_tokens is 0 and nothing is generated). It ends with the
+  // ScoreEvent that has last == true, or, if it fails, with a final event to on_token.
   uint32_t top_n = 0;
   std::function<void(const ScoreEvent&)> on_score;
 };
