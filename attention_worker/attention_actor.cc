@@ -192,7 +192,6 @@ void AttentionActor::Impl::Accept(Submit request, runtime::Context& context) {
   sequence->on_score = std::move(request.on_score);
   if (!request.stop_strings.empty()) {
     sequence->stop = StopMatcher(std::move(request.stop_strings));
-    sequence->decoder = std::make_unique<model::StreamDecoder>(*tokenizer_);
   }
   Sequence* accepted = sequence.get();
   if (!scheduler_.Enqueue(sequence)) {
@@ -325,8 +324,9 @@ bool AttentionActor::Impl::EndsWithStop(Sequence& sequence, TokenId token) {
       std::find(eos_token_ids_.begin(), eos_token_ids_.end(), token) != eos_token_ids_.end()) {
     return true;
   }
-  if (sequence.stop.empty()) return false;
-  return sequence.stop.Append(sequence.decoder->Append(token));
+  if (sequence.stop.empty() || tokenizer_->IsSpecial(token)) return false;
+  // Bytes, not text: a match in UTF-8 bytes is a match in the text that they spell.
+  return sequence.stop.Append(tokenizer_->TokenBytes(token));
 }
 
 void AttentionActor::Impl::EmitScores(Sequence* sequence, int32_t begin, int32_t end,

@@ -5,16 +5,12 @@
 // work reads during a step (it changes only between steps).
 
 #include <cstdint>
-#include <memory>
+#include <functional>
 #include <vector>
 
 #include "attention_worker/generation.h"
 #include "attention_worker/stop_matcher.h"
 #include "base/ids.h"
-
-namespace moebius::model {
-class StreamDecoder;
-}
 
 namespace moebius::attention_worker {
 
@@ -25,9 +21,6 @@ enum class SequenceState : uint8_t {
 };
 
 struct Sequence {
-  Sequence();
-  ~Sequence();
-
   RequestId id;
   SequenceState state = SequenceState::kWaiting;
   uint64_t arrival = 0;  // the order of admission, kept across preemptions
@@ -41,7 +34,6 @@ struct Sequence {
   kernels::SamplingParams sampling;
   bool ignore_eos = false;
   StopMatcher stop;
-  std::unique_ptr<model::StreamDecoder> decoder;  // only with stop strings
 
   bool is_score = false;
   uint32_t top_n = 0;

@@ -11,6 +11,8 @@ StopMatcher::StopMatcher(std::vector<std::string> stop_strings)
                                      [](const std::string& s) { return s.empty(); }),
                       stop_strings_.end());
   for (const std::string& stop : stop_strings_) longest_ = std::max(longest_, stop.size());
+  // Room for the tail and a long token, so that steps do not allocate.
+  if (longest_ > 0) window_.reserve(longest_ + 512);
 }
 
 bool StopMatcher::Append(absl::string_view text) {

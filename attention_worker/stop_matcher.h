@@ -1,7 +1,7 @@
 #pragma once
 
-// Finds stop strings in text that arrives in pieces, across piece borders. Keeps only the tail that
-// a match could still begin in. Owned by one sequence; loop thread only.
+// Finds stop strings in bytes that arrive in pieces, across piece borders (also those within a code
+// point). Keeps only the tail that a match could still begin in. Owned by one sequence; loop thread only.
 
 #include <string>
 #include <vector>
