@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "base/prng.h"
 #include "gtest/gtest.h"
 
@@ -50,8 +51,7 @@ class Harness {
         EXPECT_GT(s.arrival, last_arrival);
       }
       last_arrival = s.arrival;
-      out += (out.empty() ? "" : " ") + std::to_string(s.id.value()) + ":" +
-             std::to_string(item.count);
+      absl::StrAppend(&out, out.empty() ? "" : " ", s.id.value(), ":", item.count);
     }
     EXPECT_LE(rows, limits_.max_step_tokens);
     EXPECT_LE(scheduler_.running(), static_cast<size_t>(limits_.max_running));

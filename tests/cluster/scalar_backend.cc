@@ -354,11 +354,11 @@ void ScalarBackend::SampleRow(const float* logits, int64_t vocab,
 }
 
 absl::Status ScalarBackend::RowDigest(const kernels::RowDigestParams& p) {
-  std::vector<std::byte> bytes(p.dim * sizeof(Bf16) + sizeof(float));
+  bytes_.resize(p.dim * sizeof(Bf16) + sizeof(float));
   for (int64_t i = 0; i < p.m; ++i) {
-    std::memcpy(bytes.data(), p.hidden + i * p.hidden_stride, p.dim * sizeof(Bf16));
-    std::memcpy(bytes.data() + p.dim * sizeof(Bf16), p.logprobs + i, sizeof(float));
-    p.digests[i] = Hash64(bytes.data(), bytes.size());
+    std::memcpy(bytes_.data(), p.hidden + i * p.hidden_stride, p.dim * sizeof(Bf16));
+    std::memcpy(bytes_.data() + p.dim * sizeof(Bf16), p.logprobs + i, sizeof(float));
+    p.digests[i] = Hash64(bytes_.data(), bytes_.size());
   }
   return absl::OkStatus();
 }

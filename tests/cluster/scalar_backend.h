@@ -33,7 +33,9 @@ class DecodedWeights {
 
 class ScalarBackend final : public kernels::Backend {
  public:
-  explicit ScalarBackend(std::shared_ptr<DecodedWeights> weights) : weights_(std::move(weights)) {}
+  explicit ScalarBackend(std::shared_ptr<DecodedWeights> weights) : weights_(std::move(weights)) {
+    scores_.reserve(kLongestContext);
+  }
 
   std::string NumericsName() const override { return "scalar-test-v1"; }
   absl::Status Embed(const kernels::EmbedParams& p) override;
@@ -58,7 +60,9 @@ class ScalarBackend final : public kernels::Backend {
                  uint64_t token_index, TokenId* token, float* logprob);
 
   std::shared_ptr<DecodedWeights> weights_;
+  static constexpr int64_t kLongestContext = 4096;  // beyond it attention allocates
   std::vector<float> x_, sums_, more_sums_, scores_;
+  std::vector<std::byte> bytes_;
 };
 
 }  // namespace moebius::cluster_test
