@@ -12,8 +12,23 @@ function(moebius_library name)
   endif()
 endfunction()
 
+# What the sanitizer presets build: tests labelled `parser` (bytes from outside; ASan+UBSan) and
+# `threaded` (runtime and router; TSan).
+add_custom_target(parser_tests)
+add_custom_target(threaded_tests)
+
+# Gives test `name` its labels and puts it into the targets above.
+function(moebius_label_test name)
+  set_tests_properties(${name} PROPERTIES LABELS "${ARGN}")
+  foreach(label IN ITEMS parser threaded)
+    if(label IN_LIST ARGN)
+      add_dependencies(${label}_tests ${name})
+    endif()
+  endforeach()
+endfunction()
+
 # moebius_test(NAME SRCS ... [DEPS ...] [TIMEOUT seconds] [LABELS ...]): one gtest binary, one ctest
-# entry. Extra DEFINES reach the sources. MOEBIUS_SOURCE_DIR names the checkout for fixtures.
+# entry. LABELS: parser, threaded (above). Extra DEFINES reach the sources. MOEBIUS_SOURCE_DIR names the checkout for fixtures.
 function(moebius_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SRCS;DEPS;LABELS;DEFINES" ${ARGN})
   add_executable(${name} ${ARG_SRCS})
@@ -24,7 +39,8 @@ function(moebius_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 300)
   endif()
-  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT})
+  moebius_label_test(${name} ${ARG_LABELS})
 endfunction()
 
 # moebius_fuzz(NAME SRC file DEPS ... [CORPUS dir]): a fuzz target exporting LLVMFuzzerTestOneInput.
@@ -43,5 +59,6 @@ function(moebius_fuzz name)
   target_include_directories(${name} PRIVATE "${CMAKE_SOURCE_DIR}" "${CMAKE_BINARY_DIR}")
   target_link_libraries(${name} PRIVATE ${ARG_DEPS})
   add_test(NAME ${name} COMMAND ${name} ${ARG_CORPUS} -runs=20000)
-  set_tests_properties(${name} PROPERTIES TIMEOUT 300 LABELS "fuzz;parser")
+  set_tests_properties(${name} PROPERTIES TIMEOUT 300)
+  moebius_label_test(${name} fuzz parser)
 endfunction()

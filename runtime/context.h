@@ -13,13 +13,6 @@
 
 namespace moebius::runtime {
 
-enum class SendResult : uint8_t {
-  kSent,         // accepted; delivery is not promised: the answer is the only acknowledgement
-  kBusy,         // the session's credits or buffers are used up: keep the frame, wait for Writable
-  kUnreachable,  // no live session to that node, or no such local actor: the frame is left
-                 // untouched
-};
-
 // Where a peer's data plane listens, as the control plane tells it.
 struct PeerInfo {
   NodeId node;

@@ -76,6 +76,13 @@ struct Posted {
   std::any body;
 };
 
+enum class SendResult : uint8_t {
+  kSent,         // accepted; delivery is not promised: the answer is the only acknowledgement
+  kBusy,         // the session's credits or buffers are used up: keep the frame, wait for Writable
+  kUnreachable,  // no live session to that node, or no such local actor: the frame is left
+                 // untouched
+};
+
 using Message = std::variant<FrameReceived, TimerFired, ComputeDone, LinkChanged, Writable, Posted>;
 
 }  // namespace moebius::runtime

@@ -23,6 +23,7 @@ enum class FrameType : uint16_t {
   kHelloReply = 2,
   kHeartbeat = 3,
   kHeartbeatReply = 4,
+  kAcknowledge = 5,  // carries only the header's `acknowledged`, when nothing else would
   // Attention worker <-> router (proto/wire/route.h).
   kRouteRequest = 16,
   kRouteReply = 17,
@@ -57,7 +58,8 @@ struct FrameHeader {
   uint64_t payload_bytes = 0;
   uint64_t correlation = 0;   // chosen by the requester, echoed by the answer
   uint64_t sequence = 0;      // per session and direction, from 1, without gaps
-  uint8_t reserved[16] = {};  // zero
+  uint64_t acknowledged = 0;  // data frames of the other direction taken in so far (credits)
+  uint8_t reserved[8] = {};   // zero
 };
 
 static_assert(std::is_trivially_copyable_v<FrameHeader>);
@@ -77,7 +79,8 @@ static_assert(offsetof(FrameHeader, row_bytes) == 84);
 static_assert(offsetof(FrameHeader, payload_bytes) == 88);
 static_assert(offsetof(FrameHeader, correlation) == 96);
 static_assert(offsetof(FrameHeader, sequence) == 104);
-static_assert(offsetof(FrameHeader, reserved) == 112);
+static_assert(offsetof(FrameHeader, acknowledged) == 112);
+static_assert(offsetof(FrameHeader, reserved) == 120);
 
 // Checksum of `header` (its checksum field taken as zero) and `payload`.
 uint64_t FrameChecksum(const FrameHeader& header, absl::Span<const std::byte> payload);
