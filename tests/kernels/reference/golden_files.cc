@@ -22,8 +22,8 @@ json ReadJson(const std::string& path) {
 std::vector<GoldenGreedy> ReadGreedy(const json& runs) {
   std::vector<GoldenGreedy> out;
   for (const json& run : runs) {
-    out.push_back({run.at("prompt"), run.at("token_ids"), run.at("margin"),
-                   run.at("compare_steps")});
+    out.push_back(
+        {run.at("prompt"), run.at("token_ids"), run.at("margin"), run.at("compare_steps")});
   }
   return out;
 }

@@ -18,9 +18,9 @@ const std::vector<std::string>& GoldenModelNames();
 std::string GoldenDir(const std::string& model);
 
 struct GoldenSequence {
-  std::vector<TokenId> token_ids;               // [n]
-  std::vector<double> next_logprob;             // [n - 1]
-  std::vector<std::vector<TokenId>> top_ids;    // [n][5]
+  std::vector<TokenId> token_ids;                // [n]
+  std::vector<double> next_logprob;              // [n - 1]
+  std::vector<std::vector<TokenId>> top_ids;     // [n][5]
   std::vector<std::vector<double>> top_logprob;  // [n][5]
 };
 

@@ -104,8 +104,8 @@ TEST_P(GoldenTest, GreedyContinuationsAgreeUntilTheReferenceItselfIsUnsure) {
   for (const GoldenGreedy& run : golden_.greedy) {
     EXPECT_EQ(AgreeingSteps(*model_, run, Rounding::kFloat32), run.compare_steps);
   }
-  const auto& served = golden_.has_quantizing_reference ? golden_.quantizing_greedy
-                                                        : golden_.greedy;
+  const auto& served =
+      golden_.has_quantizing_reference ? golden_.quantizing_greedy : golden_.greedy;
   for (const GoldenGreedy& run : served) {
     EXPECT_EQ(AgreeingSteps(*model_, run, Rounding::kServing), run.compare_steps)
         << "prompt of " << run.prompt.size();
