@@ -68,7 +68,7 @@ struct GoldenScores {
 
 GoldenScores LoadGoldenScores();
 
-// The log-probabilities that `model` gives to all sequences of `golden`, against `expected`: mean
+// The log-probabilities that `model` gives to all sequences of `golden`, against theirs: mean
 // absolute difference per unit of logit standard deviation.
 double ScorePerStd(const ModelForward& model, const GoldenModel& golden, Rounding rounding);
 
