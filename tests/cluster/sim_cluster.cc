@@ -23,9 +23,36 @@ runtime::NodeOptions NodeOptionsFor(wire::NodeRole role) {
 
 }  // namespace
 
+std::vector<std::vector<int>> MakeHosts(const ToyModel& model, int workers, int replicas,
+                                        bool scrambled, Prng& prng) {
+  const model::ModelConfig& config = model.config();
+  const int64_t experts = config.n_routed_experts;
+  std::vector<std::vector<int>> hosts(config.num_hidden_layers * experts);
+  for (int64_t i = 0; i < static_cast<int64_t>(hosts.size()); ++i) {
+    // Any number of workers: shares may be unequal, some worker may hold nothing of a layer.
+    const int first = scrambled ? static_cast<int>(prng.Below(workers))
+                                : static_cast<int>(i % experts * workers / experts);
+    for (int r = 0; r < std::min(replicas, workers); ++r) {
+      hosts[i].push_back((first + r) % workers);
+    }
+  }
+  return hosts;
+}
+
+NodeId ExpertNode(int worker) { return NodeId(kFirstExpertNode + static_cast<uint64_t>(worker)); }
+
 SimCluster::SimCluster(const SimClusterOptions& options)
-    : options_(options), world_(options.seed, options.network) {
-  const std::vector<runtime::BufferClass> buffers = {{512, 64}, {8192, 32}, {160 * 1024, 32}};
+    : options_(options),
+      hosts_(options.hosts),
+      hosted_(options.hosts),
+      world_(options.seed, options.network) {
+  const std::vector<runtime::BufferClass> buffers = {{512, 64}, {8192, 96}, {160 * 1024, 24}};
+  if (!options.experts_in_attention_node) {
+    for (int w = 0; w < options.expert_workers; ++w) {
+      world_.AddNode(ExpertNode(w), NodeOptionsFor(wire::NodeRole::kExpert), buffers,
+                     [this, w](runtime::Node& node) { AddExpertActor(w, node); });
+    }
+  }
   attention_worker::AttentionOptions attention = options.attention;
   attention.model_digest = kModelDigest;
   attention.router = {options.router_on_own_node ? kRouterNode : kAttentionNode, runtime::kRouter};
@@ -45,6 +72,8 @@ SimCluster::SimCluster(const SimClusterOptions& options)
                    attention_ = actor.get();
                    node.AddActor(runtime::kAttentionWorker, std::move(actor));
                    if (!options_.router_on_own_node) AddRouterActor(node);
+                   if (!options_.experts_in_attention_node) return;
+                   for (int w = 0; w < options_.expert_workers; ++w) AddExpertActor(w, node);
                  });
 }
 
@@ -53,13 +82,137 @@ kernels::Backend* SimCluster::NewBackend() {
   return backends_.back().get();
 }
 
+wire::RowLimits SimCluster::Limits() const {
+  const model::ModelConfig& config = options_.model->config();
+  wire::RowLimits limits;
+  limits.hidden = static_cast<uint32_t>(config.hidden_size);
+  limits.layers = static_cast<uint32_t>(config.num_hidden_layers);
+  limits.experts_per_layer = static_cast<uint32_t>(config.n_routed_experts);
+  limits.top_k = static_cast<uint32_t>(config.num_experts_per_tok);
+  limits.max_rows = static_cast<uint32_t>(options_.attention.max_step_tokens);
+  limits.e4m3 = config.wire_dtype() == model::WireDtype::kE4m3;
+  return limits;
+}
+
+ActorId SimCluster::ExpertActorId(int worker) const {
+  const int offset = options_.experts_in_attention_node ? worker : 0;
+  return ActorId(static_cast<uint16_t>(runtime::kExpertWorker.value() + offset));
+}
+
+NodeId SimCluster::NodeOf(int worker) const {
+  return options_.experts_in_attention_node ? kAttentionNode : ExpertNode(worker);
+}
+
 void SimCluster::AddRouterActor(runtime::Node& node) {
-  node.AddActor(runtime::kRouter, std::make_unique<OracleRouter>(options_.model, NewBackend()));
+  if (options_.expert_workers == 0) {
+    node.AddActor(runtime::kRouter, std::make_unique<OracleRouter>(options_.model, NewBackend()));
+    return;
+  }
+  router::RouterOptions options;
+  options.limits = Limits();
+  options.gate = options_.model->gate_config();
+  options.max_rows_per_frame = options_.max_rows_per_frame;
+  for (const model::AttentionLayerWeights& layer : options_.model->weights().layers) {
+    router::GateWeights gate;
+    if (layer.moe) gate = {layer.moe->gate, layer.moe->e_score_correction_bias.data()};
+    options.layers.push_back(gate);
+  }
+  auto actor = std::make_unique<router::RouterActor>(options, NewBackend());
+  router_counters_ = actor->counters();
+  node.AddActor(runtime::kRouter, std::move(actor));
+  CHECK(node.Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()}).ok());
+}
+
+void SimCluster::AddExpertActor(int worker, runtime::Node& node) {
+  expert_worker::ExpertOptions options;
+  options.limits = Limits();
+  options.intermediate = options_.model->config().moe_intermediate_size;
+  auto actor = std::make_unique<expert_worker::ExpertActor>(options, NewBackend());
+  expert_counters_.emplace_back(worker, actor->counters());
+  node.AddActor(ExpertActorId(worker), std::move(actor));
+  CHECK(node.Post(ExpertActorId(worker), HostOrder(worker)).ok());
+}
+
+std::shared_ptr<const router::Placement> SimCluster::MakePlacement() const {
+  const model::ModelConfig& config = options_.model->config();
+  auto placement = std::make_shared<router::Placement>(
+      Epoch(epoch_), static_cast<uint32_t>(config.num_hidden_layers),
+      static_cast<uint32_t>(config.n_routed_experts));
+  for (size_t i = 0; i < hosts_.size(); ++i) {
+    const LayerId layer(static_cast<uint32_t>(i / config.n_routed_experts));
+    const ExpertId expert(static_cast<uint32_t>(i % config.n_routed_experts));
+    if (!config.is_moe_layer(layer.value())) continue;
+    for (const int worker : hosts_[i]) {
+      placement->AddReplica(layer, expert, {NodeOf(worker), ExpertActorId(worker)});
+    }
+  }
+  if (!options_.experts_in_attention_node) {
+    for (int w = 0; w < options_.expert_workers; ++w) {
+      placement->AddPeer(
+          {ExpertNode(w), Incarnation(0), runtime::sim::SimWorld::AddressOf(ExpertNode(w))});
+    }
+  }
+  return placement;
+}
+
+expert_worker::HostExperts SimCluster::HostOrder(int worker) const {
+  const model::ModelConfig& config = options_.model->config();
+  expert_worker::HostExperts order;
+  for (size_t i = 0; i < hosted_.size(); ++i) {
+    const int64_t layer = static_cast<int64_t>(i) / config.n_routed_experts;
+    const int64_t expert = static_cast<int64_t>(i) % config.n_routed_experts;
+    if (!config.is_moe_layer(layer)) continue;
+    if (std::find(hosted_[i].begin(), hosted_[i].end(), worker) == hosted_[i].end()) continue;
+    const model::MlpWeights& mlp = options_.model->expert(layer, expert);
+    order.experts.push_back({LayerId(static_cast<uint32_t>(layer)),
+                             ExpertId(static_cast<uint32_t>(expert)),
+                             {mlp.gate_proj, mlp.up_proj, mlp.down_proj}});
+  }
+  return order;
+}
+
+void SimCluster::Move(const std::vector<std::vector<int>>& hosts, bool dropping,
+                      runtime::Duration delay) {
+  world_.Schedule(delay, [this, hosts, dropping] {
+    const std::vector<std::vector<int>> before = std::move(hosts_);
+    hosts_ = hosts;
+    hosted_ = hosts;
+    if (!dropping) {
+      for (size_t i = 0; i < hosted_.size(); ++i) {
+        hosted_[i].insert(hosted_[i].end(), before[i].begin(), before[i].end());
+      }
+    }
+    ++epoch_;
+    const model::ModelConfig& config = options_.model->config();
+    for (int w = 0; w < options_.expert_workers; ++w) {
+      if (!world_.alive(NodeOf(w))) continue;  // its restart hosts what it should
+      CHECK(world_.node(NodeOf(w)).Post(ExpertActorId(w), HostOrder(w)).ok());
+      expert_worker::DropExperts drop;
+      for (size_t i = 0; i < hosted_.size(); ++i) {
+        if (std::find(hosted_[i].begin(), hosted_[i].end(), w) != hosted_[i].end()) continue;
+        drop.experts.emplace_back(LayerId(static_cast<uint32_t>(i / config.n_routed_experts)),
+                                  ExpertId(static_cast<uint32_t>(i % config.n_routed_experts)));
+      }
+      if (dropping) CHECK(world_.node(NodeOf(w)).Post(ExpertActorId(w), drop).ok());
+    }
+    const NodeId router = options_.router_on_own_node ? kRouterNode : kAttentionNode;
+    if (!world_.alive(router)) return;
+    CHECK(
+        world_.node(router).Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()}).ok());
+  });
+}
+
+std::vector<uint64_t> SimCluster::items_served() const {
+  std::vector<uint64_t> served(options_.expert_workers);
+  for (const auto& [worker, counters] : expert_counters_) served[worker] += counters->items_served;
+  return served;
 }
 
 std::vector<NodeId> SimCluster::nodes() const {
   std::vector<NodeId> nodes = {kAttentionNode};
   if (options_.router_on_own_node) nodes.push_back(kRouterNode);
+  if (options_.experts_in_attention_node) return nodes;
+  for (int w = 0; w < options_.expert_workers; ++w) nodes.push_back(ExpertNode(w));
   return nodes;
 }
 

@@ -7,9 +7,11 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "attention_worker/kv_block_pool.h"
 #include "base/prng.h"
 #include "gtest/gtest.h"
@@ -95,6 +97,12 @@ struct SeededRun {
     attention.head_slice_rows = 1 + static_cast<int32_t>(prng.Below(4));
     attention.max_waiting = 16;
     options.router_on_own_node = prng.Below(2) == 0;
+    constexpr int kWorkers[] = {1, 2, 3, 3, 3, 3, 5};
+    options.expert_workers = kWorkers[prng.Below(7)];
+    options.experts_in_attention_node = !options.router_on_own_node && prng.Below(4) == 0;
+    options.max_rows_per_frame = 32 + static_cast<uint32_t>(prng.Below(33));
+    options.hosts = MakeHosts(*c.model, options.expert_workers, /*replicas=*/1 + prng.Below(4) / 3,
+                              /*scrambled=*/prng.Below(2) == 0, prng);
   }
 
   void Start() {
@@ -108,8 +116,27 @@ struct SeededRun {
     }
   }
 
+  std::string Describe() {
+    const auto& router = *cluster->router_counters();
+    const attention_worker::AttentionCounters counts = cluster->counters();
+    std::string out = absl::StrCat(
+        "workers ", options.expert_workers, options.experts_in_attention_node ? " local" : "",
+        options.router_on_own_node ? ", router apart" : "", ", steps ", counts.steps, ", running ",
+        counts.running, ", route requests ", counts.route_requests, ", resends ",
+        counts.route_resends, ", rejected ", counts.route_rejected, "; router rounds ",
+        router.rounds.load(), ", sent ", router.items_sent.load(), ", resent ",
+        router.items_resent.load(), ", refused ", router.refused_frames.load(), ", without holder ",
+        router.rows_without_holder.load(), ", stale ", router.stale_answers.load());
+    for (const NodeId id : cluster->nodes()) {
+      if (!cluster->world().alive(id)) continue;
+      absl::StrAppend(&out, "; node ", id.value(), " buffers ", cluster->world().pool(id).in_use(),
+                      " frames ", cluster->world().node(id).outstanding_frames());
+    }
+    return out;
+  }
+
   void ExpectExact() {
-    ASSERT_TRUE(cluster->RunToEnd(seconds(120))) << "requests never ended";
+    ASSERT_TRUE(cluster->RunToEnd(seconds(120))) << "requests never ended: " << Describe();
     for (const auto& [id, stream] : cluster->streams()) {
       ASSERT_TRUE(stream.orderly);
       ASSERT_NE(stream.finish, FinishReason::kError) << stream.status;
@@ -125,6 +152,13 @@ struct SeededRun {
     ASSERT_EQ(cluster->Imbalance(quiet), "");
     preemptions += cluster->counters().preemptions;
     resends += cluster->counters().route_resends;
+    ASSERT_EQ(cluster->router_counters()->exactness_mismatches, 0u);
+    const std::vector<uint64_t> served = cluster->items_served();
+    for (const uint64_t items : served) {
+      pairs += items;
+      idle_workers += items == 0;
+    }
+    workers += served.size();
   }
 
   Prng prng;
@@ -133,7 +167,8 @@ struct SeededRun {
   std::unique_ptr<SimCluster> cluster;
   std::map<uint64_t, size_t> chosen;
   runtime::Duration quiet = milliseconds(500);
-  static inline uint64_t tokens = 0, preemptions = 0, cancelled = 0, resends = 0;
+  static inline uint64_t tokens = 0, preemptions = 0, cancelled = 0, resends = 0, pairs = 0,
+                         workers = 0, idle_workers = 0;
 };
 
 void ExpectDiverseTokens() {
@@ -157,8 +192,9 @@ TEST(SimClusterTest, ThousandSeedsEqualTheOracle) {
     if (HasFatalFailure()) return;
   }
   RecordProperty("tokens", static_cast<int>(SeededRun::tokens));
-  printf("tokens %lu, cancelled %lu, preemptions %lu\n", SeededRun::tokens, SeededRun::cancelled,
-         SeededRun::preemptions);
+  printf("tokens %lu, cancelled %lu, preemptions %lu, pairs %lu, workers %lu of which idle %lu\n",
+         SeededRun::tokens, SeededRun::cancelled, SeededRun::preemptions, SeededRun::pairs,
+         SeededRun::workers, SeededRun::idle_workers);
   EXPECT_GT(SeededRun::tokens, 10000u);
   EXPECT_GT(SeededRun::cancelled, 100u);
   EXPECT_GT(SeededRun::preemptions, 20u);
@@ -170,6 +206,7 @@ TEST(SimClusterTest, BrokenLinksAndRouterRestartsChangeNothing) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.options.router_on_own_node = true;
+    run.options.experts_in_attention_node = false;
     run.options.network.corrupt_probability = run.prng.Below(3) == 0 ? 0.002 : 0.0;
     run.options.network.silent_crash_probability = 0.2;
     run.quiet = seconds(8);  // a silent death is noticed after two seconds, a reconnect backs off
@@ -201,6 +238,73 @@ TEST(SimClusterTest, BrokenLinksAndRouterRestartsChangeNothing) {
   EXPECT_GT(SeededRun::resends, 50u);
 }
 
+// Expert workers crash (with notice or silently), come back, are cut off; experts have one holder
+// or two. No request is lost and no bit differs; while an expert has no holder its rows wait.
+TEST(SimClusterTest, ExpertCrashesRestartsAndPartitionsChangeNothing) {
+  uint64_t resent = 0, hedged = 0;
+  for (uint64_t seed = 8001; seed <= 8200; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    SeededRun run(seed);
+    run.options.experts_in_attention_node = false;
+    run.options.expert_workers = 3;
+    run.options.hosts = MakeHosts(*run.c.model, 3, 1 + static_cast<int>(run.prng.Below(2)),
+                                  run.prng.Below(2) == 0, run.prng);
+    run.options.network.silent_crash_probability = 0.3;
+    run.quiet = seconds(8);
+    run.Start();
+    runtime::sim::SimWorld& world = run.cluster->world();
+    const NodeId router = run.options.router_on_own_node ? kRouterNode : kAttentionNode;
+    for (int fault = 0; fault < 4; ++fault) {
+      const runtime::Duration at = microseconds(run.prng.Below(80000));
+      const NodeId expert = ExpertNode(static_cast<int>(run.prng.Below(3)));
+      switch (run.prng.Below(4)) {
+        case 0:
+          world.Schedule(at, [&world, expert, router] { world.Break(expert, router); });
+          break;
+        case 1:
+          world.Schedule(at, [&world, expert, router] { world.Partition(expert, router); });
+          world.Schedule(at + milliseconds(1 + run.prng.Below(4000)),
+                         [&world] { world.HealAll(); });
+          break;
+        default:
+          world.Schedule(at, [&world, expert] {
+            if (world.alive(expert)) world.Crash(expert);
+          });
+          world.Schedule(at + milliseconds(1 + run.prng.Below(1000)), [&world, expert] {
+            if (!world.alive(expert)) world.Restart(expert);
+          });
+      }
+    }
+    run.ExpectExact();
+    if (HasFatalFailure()) return;
+    resent += run.cluster->router_counters()->items_resent;
+    hedged += run.cluster->router_counters()->items_hedged;
+  }
+  EXPECT_GT(resent, 100u);
+  EXPECT_GT(hedged, 10u);
+}
+
+// Experts move between workers while requests run; workers may drop a shard before its rows in
+// flight have arrived (NOT_HOSTED).
+TEST(SimClusterTest, MovingExpertsChangesNothing) {
+  uint64_t resent = 0;
+  for (uint64_t seed = 9001; seed <= 9100; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    SeededRun run(seed);
+    run.Start();
+    for (int move = 0; move < 4; ++move) {
+      run.cluster->Move(
+          MakeHosts(*run.c.model, run.options.expert_workers,
+                    1 + static_cast<int>(run.prng.Below(2)), run.prng.Below(2) == 0, run.prng),
+          /*dropping=*/run.prng.Below(2) == 0, microseconds(1000 + run.prng.Below(60000)));
+    }
+    run.ExpectExact();
+    if (HasFatalFailure()) return;
+    resent += run.cluster->router_counters()->items_resent;
+  }
+  EXPECT_GT(resent, 0u);
+}
+
 // Requests that together need twice the pool: what is taken back is computed again, to the bit.
 TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
   const ToyModel model({.seed = 21});
@@ -211,9 +315,11 @@ TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
   options.attention.max_step_tokens = 128;
   options.attention.prefill_chunk = 32;
   options.attention.max_running = 64;
+  options.expert_workers = 3;
   std::vector<OracleRequest> requests;
   int64_t blocks_needed = 0;
   Prng prng(3);
+  options.hosts = MakeHosts(model, 3, 1, true, prng);
   for (int i = 0; i < 64; ++i) {
     OracleRequest request;
     for (uint64_t t = 20 + prng.Below(40); t > 0; --t) {
@@ -270,6 +376,7 @@ TEST(SimClusterTest, TheSameSeedIsTheSameRun) {
   for (uint64_t& trace : traces) {
     SeededRun run(42);
     run.options.router_on_own_node = true;
+    run.options.experts_in_attention_node = false;
     run.Start();
     run.ExpectExact();
     trace = run.cluster->world().trace_hash();
