@@ -25,7 +25,7 @@ inline constexpr NodeId kAttentionNode{1};
 inline constexpr NodeId kRouterNode{2};
 inline constexpr uint64_t kFirstExpertNode = 10;
 
-struct SimClusterOptions {
+struct ClusterSimOptions {
   const ToyModel* model = nullptr;
   uint64_t seed = 1;
   runtime::sim::SimOptions network;
@@ -57,9 +57,9 @@ struct ClientStream {
   bool orderly = true;  // indices consecutive, nothing after the last event
 };
 
-class SimCluster {
+class ClusterSim {
  public:
-  explicit SimCluster(const SimClusterOptions& options);
+  explicit ClusterSim(const ClusterSimOptions& options);
 
   // Posts the request after `delay`. ids must be new.
   void Generate(uint64_t id, const OracleRequest& request, runtime::Duration delay);
@@ -96,7 +96,7 @@ class SimCluster {
   expert_worker::HostExperts HostOrder(int worker) const;
   kernels::Backend* NewBackend();
 
-  SimClusterOptions options_;
+  ClusterSimOptions options_;
   uint64_t epoch_ = 1;
   std::vector<std::vector<int>> hosts_;   // as the router knows it
   std::vector<std::vector<int>> hosted_;  // what workers hold (a superset)

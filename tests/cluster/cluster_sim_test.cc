@@ -1,16 +1,19 @@
 // Clusters in simulation, thousands of them: whatever the delays, orders, placements, chunk sizes,
 // company and faults, every stream's ids, logprobs and digests are the sequential oracle's.
 
-#include "tests/cluster/sim_cluster.h"
+#include "tests/cluster/cluster_sim.h"
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "attention_worker/kv_block_pool.h"
 #include "base/prng.h"
@@ -76,6 +79,23 @@ const Case& CaseOf(int index) {
   return (*cases)[index];
 }
 
+// The seeds of one test: `count` of them by default; `./dev sim SEEDS FIRST_SEED` takes more, from
+// elsewhere, in the same proportions.
+struct Seeds {
+  uint64_t first, last;
+};
+Seeds SeedsOf(uint64_t test, uint64_t count) {
+  const auto number = [](const char* name, uint64_t otherwise) {
+    const char* text = std::getenv(name);
+    uint64_t value = 0;
+    return text != nullptr && absl::SimpleAtoi(text, &value) ? value : otherwise;
+  };
+  const uint64_t scaled = std::max<uint64_t>(number("MOEBIUS_SIM_SEEDS", 1000) * count / 1000, 1);
+  // Tests do not share seeds: each has a million million of its own.
+  const uint64_t first = test * 1'000'000'000'000 + number("MOEBIUS_SIM_FIRST_SEED", 1);
+  return {first, first + scaled - 1};
+}
+
 // A cluster that the seed describes, with 2 to 7 concurrent requests.
 struct SeededRun {
   explicit SeededRun(uint64_t seed) : prng(seed), c(CaseOf(static_cast<int>(seed % kModels))) {
@@ -106,7 +126,7 @@ struct SeededRun {
   }
 
   void Start() {
-    cluster = std::make_unique<SimCluster>(options);
+    cluster = std::make_unique<ClusterSim>(options);
     const uint64_t count = 2 + prng.Below(6);
     for (uint64_t id = 1; id <= count; ++id) {
       const auto which = static_cast<size_t>(prng.Below(kRequestsPerModel));
@@ -163,8 +183,8 @@ struct SeededRun {
 
   Prng prng;
   const Case& c;
-  SimClusterOptions options;
-  std::unique_ptr<SimCluster> cluster;
+  ClusterSimOptions options;
+  std::unique_ptr<ClusterSim> cluster;
   std::map<uint64_t, size_t> chosen;
   runtime::Duration quiet = milliseconds(500);
   static inline uint64_t tokens = 0, preemptions = 0, cancelled = 0, resends = 0, pairs = 0,
@@ -182,9 +202,10 @@ void ExpectDiverseTokens() {
   }
 }
 
-TEST(SimClusterTest, ThousandSeedsEqualTheOracle) {
+TEST(ClusterSimTest, ThousandSeedsEqualTheOracle) {
   ExpectDiverseTokens();
-  for (uint64_t seed = 1; seed <= 1000; ++seed) {
+  const Seeds seeds = SeedsOf(0, 1000);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.Start();
@@ -200,9 +221,10 @@ TEST(SimClusterTest, ThousandSeedsEqualTheOracle) {
   EXPECT_GT(SeededRun::preemptions, 20u);
 }
 
-TEST(SimClusterTest, BrokenLinksAndRouterRestartsChangeNothing) {
+TEST(ClusterSimTest, BrokenLinksAndRouterRestartsChangeNothing) {
   SeededRun::resends = 0;
-  for (uint64_t seed = 5001; seed <= 5150; ++seed) {
+  const Seeds seeds = SeedsOf(1, 150);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.options.router_on_own_node = true;
@@ -240,9 +262,10 @@ TEST(SimClusterTest, BrokenLinksAndRouterRestartsChangeNothing) {
 
 // Expert workers crash (with notice or silently), come back, are cut off; experts have one holder
 // or two. No request is lost and no bit differs; while an expert has no holder its rows wait.
-TEST(SimClusterTest, ExpertCrashesRestartsAndPartitionsChangeNothing) {
+TEST(ClusterSimTest, ExpertCrashesRestartsAndPartitionsChangeNothing) {
   uint64_t resent = 0, hedged = 0;
-  for (uint64_t seed = 8001; seed <= 8200; ++seed) {
+  const Seeds seeds = SeedsOf(2, 200);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.options.experts_in_attention_node = false;
@@ -286,9 +309,10 @@ TEST(SimClusterTest, ExpertCrashesRestartsAndPartitionsChangeNothing) {
 
 // Experts move between workers while requests run; workers may drop a shard before its rows in
 // flight have arrived (NOT_HOSTED).
-TEST(SimClusterTest, MovingExpertsChangesNothing) {
+TEST(ClusterSimTest, MovingExpertsChangesNothing) {
   uint64_t resent = 0;
-  for (uint64_t seed = 9001; seed <= 9100; ++seed) {
+  const Seeds seeds = SeedsOf(3, 100);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.Start();
@@ -306,11 +330,11 @@ TEST(SimClusterTest, MovingExpertsChangesNothing) {
 }
 
 // Requests that together need twice the pool: what is taken back is computed again, to the bit.
-TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
+TEST(ClusterSimTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
   const ToyModel model({.seed = 21});
   const auto backend = MakeTestBackend();
   SequentialOracle oracle(&model, backend.get());
-  SimClusterOptions options;
+  ClusterSimOptions options;
   options.model = &model;
   options.attention.max_step_tokens = 128;
   options.attention.prefill_chunk = 32;
@@ -332,7 +356,7 @@ TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
     requests.push_back(request);
   }
   options.attention.num_blocks = static_cast<int32_t>(blocks_needed / 2);
-  SimCluster cluster(options);
+  ClusterSim cluster(options);
   for (size_t i = 0; i < requests.size(); ++i) cluster.Generate(i + 1, requests[i], {});
   uint64_t most_used = 0;
   ASSERT_TRUE(cluster.world().RunUntil(
@@ -353,8 +377,9 @@ TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
   EXPECT_EQ(cluster.Imbalance(milliseconds(500)), "");
 }
 
-TEST(SimClusterTest, DrainUnderLoadFinishesEverythingAboard) {
-  for (uint64_t seed = 7001; seed <= 7020; ++seed) {
+TEST(ClusterSimTest, DrainUnderLoadFinishesEverythingAboard) {
+  const Seeds seeds = SeedsOf(4, 20);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.Start();
@@ -371,7 +396,7 @@ TEST(SimClusterTest, DrainUnderLoadFinishesEverythingAboard) {
   }
 }
 
-TEST(SimClusterTest, TheSameSeedIsTheSameRun) {
+TEST(ClusterSimTest, TheSameSeedIsTheSameRun) {
   uint64_t traces[2];
   for (uint64_t& trace : traces) {
     SeededRun run(42);

@@ -1,4 +1,4 @@
-#include "tests/cluster/sim_cluster.h"
+#include "tests/cluster/cluster_sim.h"
 
 #include <algorithm>
 #include <utility>
@@ -41,7 +41,7 @@ std::vector<std::vector<int>> MakeHosts(const ToyModel& model, int workers, int 
 
 NodeId ExpertNode(int worker) { return NodeId(kFirstExpertNode + static_cast<uint64_t>(worker)); }
 
-SimCluster::SimCluster(const SimClusterOptions& options)
+ClusterSim::ClusterSim(const ClusterSimOptions& options)
     : options_(options),
       hosts_(options.hosts),
       hosted_(options.hosts),
@@ -77,12 +77,12 @@ SimCluster::SimCluster(const SimClusterOptions& options)
                  });
 }
 
-kernels::Backend* SimCluster::NewBackend() {
+kernels::Backend* ClusterSim::NewBackend() {
   backends_.push_back(MakeTestBackend());
   return backends_.back().get();
 }
 
-wire::RowLimits SimCluster::Limits() const {
+wire::RowLimits ClusterSim::Limits() const {
   const model::ModelConfig& config = options_.model->config();
   wire::RowLimits limits;
   limits.hidden = static_cast<uint32_t>(config.hidden_size);
@@ -94,16 +94,16 @@ wire::RowLimits SimCluster::Limits() const {
   return limits;
 }
 
-ActorId SimCluster::ExpertActorId(int worker) const {
+ActorId ClusterSim::ExpertActorId(int worker) const {
   const int offset = options_.experts_in_attention_node ? worker : 0;
   return ActorId(static_cast<uint16_t>(runtime::kExpertWorker.value() + offset));
 }
 
-NodeId SimCluster::NodeOf(int worker) const {
+NodeId ClusterSim::NodeOf(int worker) const {
   return options_.experts_in_attention_node ? kAttentionNode : ExpertNode(worker);
 }
 
-void SimCluster::AddRouterActor(runtime::Node& node) {
+void ClusterSim::AddRouterActor(runtime::Node& node) {
   if (options_.expert_workers == 0) {
     node.AddActor(runtime::kRouter, std::make_unique<OracleRouter>(options_.model, NewBackend()));
     return;
@@ -123,7 +123,7 @@ void SimCluster::AddRouterActor(runtime::Node& node) {
   CHECK(node.Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()}).ok());
 }
 
-void SimCluster::AddExpertActor(int worker, runtime::Node& node) {
+void ClusterSim::AddExpertActor(int worker, runtime::Node& node) {
   expert_worker::ExpertOptions options;
   options.limits = Limits();
   options.intermediate = options_.model->config().moe_intermediate_size;
@@ -133,7 +133,7 @@ void SimCluster::AddExpertActor(int worker, runtime::Node& node) {
   CHECK(node.Post(ExpertActorId(worker), HostOrder(worker)).ok());
 }
 
-std::shared_ptr<const router::Placement> SimCluster::MakePlacement() const {
+std::shared_ptr<const router::Placement> ClusterSim::MakePlacement() const {
   const model::ModelConfig& config = options_.model->config();
   auto placement = std::make_shared<router::Placement>(
       Epoch(epoch_), static_cast<uint32_t>(config.num_hidden_layers),
@@ -155,7 +155,7 @@ std::shared_ptr<const router::Placement> SimCluster::MakePlacement() const {
   return placement;
 }
 
-expert_worker::HostExperts SimCluster::HostOrder(int worker) const {
+expert_worker::HostExperts ClusterSim::HostOrder(int worker) const {
   const model::ModelConfig& config = options_.model->config();
   expert_worker::HostExperts order;
   for (size_t i = 0; i < hosted_.size(); ++i) {
@@ -171,7 +171,7 @@ expert_worker::HostExperts SimCluster::HostOrder(int worker) const {
   return order;
 }
 
-void SimCluster::Move(const std::vector<std::vector<int>>& hosts, bool dropping,
+void ClusterSim::Move(const std::vector<std::vector<int>>& hosts, bool dropping,
                       runtime::Duration delay) {
   world_.Schedule(delay, [this, hosts, dropping] {
     const std::vector<std::vector<int>> before = std::move(hosts_);
@@ -202,13 +202,13 @@ void SimCluster::Move(const std::vector<std::vector<int>>& hosts, bool dropping,
   });
 }
 
-std::vector<uint64_t> SimCluster::items_served() const {
+std::vector<uint64_t> ClusterSim::items_served() const {
   std::vector<uint64_t> served(options_.expert_workers);
   for (const auto& [worker, counters] : expert_counters_) served[worker] += counters->items_served;
   return served;
 }
 
-std::vector<NodeId> SimCluster::nodes() const {
+std::vector<NodeId> ClusterSim::nodes() const {
   std::vector<NodeId> nodes = {kAttentionNode};
   if (options_.router_on_own_node) nodes.push_back(kRouterNode);
   if (options_.experts_in_attention_node) return nodes;
@@ -216,7 +216,7 @@ std::vector<NodeId> SimCluster::nodes() const {
   return nodes;
 }
 
-void SimCluster::Generate(uint64_t id, const OracleRequest& request, runtime::Duration delay) {
+void ClusterSim::Generate(uint64_t id, const OracleRequest& request, runtime::Duration delay) {
   CHECK(streams_.find(id) == streams_.end());
   ClientStream& stream = streams_[id];
   stream.request = request;
@@ -238,7 +238,7 @@ void SimCluster::Generate(uint64_t id, const OracleRequest& request, runtime::Du
   });
 }
 
-void SimCluster::Cancel(uint64_t id, runtime::Duration delay) {
+void ClusterSim::Cancel(uint64_t id, runtime::Duration delay) {
   world_.Schedule(delay, [this, id] {
     CHECK(world_.node(kAttentionNode)
               .Post(runtime::kAttentionWorker, attention_worker::Cancel{RequestId(id)})
@@ -246,7 +246,7 @@ void SimCluster::Cancel(uint64_t id, runtime::Duration delay) {
   });
 }
 
-bool SimCluster::RunToEnd(runtime::Duration limit) {
+bool ClusterSim::RunToEnd(runtime::Duration limit) {
   return world_.RunUntil(
       [this] {
         return std::all_of(streams_.begin(), streams_.end(), [](const auto& stream) {
@@ -256,7 +256,7 @@ bool SimCluster::RunToEnd(runtime::Duration limit) {
       limit);
 }
 
-std::string SimCluster::Imbalance(runtime::Duration quiet) {
+std::string ClusterSim::Imbalance(runtime::Duration quiet) {
   // Late answers, acknowledgements and the last step of a cancelled request find their way home.
   world_.RunFor(quiet);
   std::string out;
