@@ -5,12 +5,15 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "base/ids.h"
 #include "kernels/sampling.h"
+#include "runtime/context.h"
+#include "runtime/message.h"
 
 namespace moebius::attention_worker {
 
@@ -57,7 +60,8 @@ struct Submit {
   bool ignore_eos = false;
   int64_t deadline_ms = 0;  // from receipt; 0 = none
   std::function<void(const TokenEvent&)> on_token;
-  // Score request: set on_score (then max_tokens is 0 and nothing is generated).
+  // Score request: set on_score (then max_tokens is 0 and nothing is generated). It ends with the
+  // ScoreEvent that has last == true, or, if it fails, with a final event to on_token.
   uint32_t top_n = 0;
   std::function<void(const ScoreEvent&)> on_score;
 };
@@ -70,6 +74,12 @@ struct Cancel {
 // Refuse new requests, finish those aboard, then call `on_drained` (once, on the loop thread).
 struct Drain {
   std::function<void()> on_drained;
+};
+
+// Use another router from now on (also for the layer that waits for an answer).
+struct RouterUpdate {
+  runtime::ActorAddress router;
+  std::optional<runtime::PeerInfo> peer;  // nullopt for a router of this node
 };
 
 }  // namespace moebius::attention_worker
