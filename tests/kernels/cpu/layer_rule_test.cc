@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 
+#include "base/check.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/kernels/cpu/batch_dependent_backend.h"
