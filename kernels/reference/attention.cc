@@ -42,8 +42,8 @@ std::vector<float> ExpandKvB(const MatrixView& kv_b, Rounding rounding) {
 }
 
 void MlaAttentionRow(const MlaDims& dims, absl::Span<const float> q, absl::Span<const float> kv_b,
-                     float softmax_scale, absl::Span<const float* const> latents,
-                     Rounding rounding, absl::Span<float> out) {
+                     float softmax_scale, absl::Span<const float* const> latents, Rounding rounding,
+                     absl::Span<float> out) {
   const int64_t rank = dims.kv_lora_rank, nope = dims.qk_nope_head_dim, v = dims.v_head_dim;
   CHECK_EQ(static_cast<int64_t>(q.size()), dims.num_heads * dims.q_head_dim());
   CHECK_EQ(static_cast<int64_t>(kv_b.size()), dims.num_heads * (nope + v) * rank);

@@ -30,7 +30,7 @@ std::vector<float> ExpandKvB(const MatrixView& kv_b, Rounding rounding);
 // positions 0..t. `out` is [num_heads, v_head_dim]. The softmax is the textbook one (maximum,
 // exponentials, sum, in ascending position), which an online softmax equals up to rounding.
 void MlaAttentionRow(const MlaDims& dims, absl::Span<const float> q, absl::Span<const float> kv_b,
-                     float softmax_scale, absl::Span<const float* const> latents,
-                     Rounding rounding, absl::Span<float> out);
+                     float softmax_scale, absl::Span<const float* const> latents, Rounding rounding,
+                     absl::Span<float> out);
 
 }  // namespace moebius::kernels::reference

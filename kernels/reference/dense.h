@@ -1,7 +1,8 @@
 #pragma once
 
 // One row of each dense operation (kernels/linear.h), in float32, in the most obvious order. Spans
-// have exactly the sizes given; outputs do not alias inputs unless said. Pure functions, any thread.
+// have exactly the sizes given; outputs do not alias inputs unless said. Pure functions, any
+// thread.
 
 #include "absl/types/span.h"
 #include "base/tensor_view.h"

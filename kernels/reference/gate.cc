@@ -69,8 +69,8 @@ void GateSelectRow(const GateConfig& config, absl::Span<const float> logits,
     const size_t group_size = count / groups;
     std::vector<float> group_scores(groups);
     for (size_t g = 0; g < groups; ++g) {
-      group_scores[g] = GroupScore(config.topk_method,
-                                   absl::MakeConstSpan(&choice[g * group_size], group_size));
+      group_scores[g] =
+          GroupScore(config.topk_method, absl::MakeConstSpan(&choice[g * group_size], group_size));
     }
     std::vector<bool> kept(groups, false);
     for (const size_t g : Largest(group_scores, static_cast<size_t>(config.topk_group))) {

@@ -95,6 +95,7 @@ class SimWorld {
   BufferPool& pool(NodeId id);
   // A bare transport without a node (conformance tests of the simulated network itself).
   SimTransport& AddBareTransport(NodeId id, std::vector<BufferClass> buffers);
+  SimTransport* transport(NodeId id) { return TransportOf(id); }
 
   // REQUIRES: alive / not alive. Not from inside an actor: Schedule it.
   void Crash(NodeId id);

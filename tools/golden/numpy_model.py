@@ -11,7 +11,9 @@ uses the naive (non-absorbed) form of attention, and rotates interleaved pairs d
     can state how far from the truth each of them lands.
 
 `arithmetic="bf16"` rounds activations where a bfloat16 engine rounds them; it is an estimate used
-to choose the random weights, not a specification.
+to choose the random weights and prompts, not a specification. `noise_seed` then adds a random
+relative error of up to 2^-9 to every rounding: a continuation that survives several such draws does
+not hang on how one engine happens to round.
 """
 
 import json
@@ -155,12 +157,13 @@ def yarn_m(factor, mscale):
 
 
 class NumpyModel:
-    def __init__(self, directory, mistakes=(), arithmetic="float32"):
+    def __init__(self, directory, mistakes=(), arithmetic="float32", noise_seed=None):
         assert set(mistakes) <= set(MISTAKES)
         with open(os.path.join(directory, "config.json"), encoding="utf-8") as stream:
             self.config = json.load(stream)
         self.mistakes = set(mistakes)
         self.arithmetic = arithmetic
+        self.noise = None if noise_seed is None else np.random.Generator(np.random.PCG64(noise_seed))
         self.weights = load_weights(directory, "inverted_scale" in self.mistakes)
         self.fp8 = "quantization_config" in self.config
         c = self.config
@@ -197,7 +200,11 @@ class NumpyModel:
 
     # Rounds an activation where the chosen arithmetic stores it.
     def _r(self, x):
-        return round_bf16(x) if self.arithmetic == "bf16" else x
+        if self.arithmetic != "bf16":
+            return x
+        if self.noise is not None:
+            x = x * (1 + 2.0**-9 * self.noise.uniform(-1, 1, x.shape)).astype(F32)
+        return round_bf16(x)
 
     def _norm(self, x, weight, eps):
         variance = np.mean(np.square(x), axis=-1, keepdims=True, dtype=F32)

@@ -59,7 +59,7 @@ MODELS = {
     "v3-groups": (
         V3 | dims(64, 3, 1, 4, 48, 48, 32, 16, 32, 160, 24, 16, 4, 4, 2)
         | {"num_nextn_predict_layers": 1},
-        {"seed": 8, "mtp_copies": True, "gains": {"q": 0.7, "expert": 0.7, "bias": 0.8}},
+        {"seed": 10, "mtp_copies": True, "gains": {"q": 0.5, "expert": 0.6, "bias": 0.8}},
     ),
     "v2-lite": (
         V2 | dims(96, 3, 1, 3, None, 40, 24, 16, 32, 160, 32, 12, 3)
@@ -101,7 +101,7 @@ MODELS = {
         | {"num_nextn_predict_layers": 1,
            "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
                                    "quant_method": "fp8", "weight_block_size": [128, 128]}},
-        {"seed": 7, "shards": 3, "gains": {"q": 0.7, "expert": 1.3}},
+        {"seed": 21, "shards": 3, "gains": {"q": 0.5, "expert": 1.6, "bias": 0.8, "gate": 1.0}},
     ),
 }  # fmt: skip
 LENGTHS = (8, 40, 65, 130)
