@@ -17,6 +17,9 @@ namespace {
 constexpr int64_t kMaxSize = int64_t{1} << 20;
 constexpr int64_t kMaxVocab = int64_t{1} << 24;
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
+// What the gate kernels hold per row; published models reach 384 and 8.
+constexpr int64_t kMaxRoutedExperts = 1024;
+constexpr int64_t kMaxExpertsPerToken = 64;
 constexpr uint64_t kMaxConfigBytes = 16 << 20;
 
 absl::Status Bad(absl::string_view field, absl::string_view problem) {
@@ -235,7 +238,7 @@ absl::Status ParseAttention(FieldReader& fields, ModelConfig& config) {
 }
 
 absl::Status ParseExperts(FieldReader& fields, ModelConfig& config) {
-  config.n_routed_experts = fields.Int("n_routed_experts", 0, 65536, 0);
+  config.n_routed_experts = fields.Int("n_routed_experts", 0, kMaxRoutedExperts, 0);
   RETURN_IF_ERROR(fields.status());
   if (config.n_routed_experts == 0) {
     config.first_k_dense_replace = config.num_hidden_layers;
@@ -244,7 +247,8 @@ absl::Status ParseExperts(FieldReader& fields, ModelConfig& config) {
   const bool is_v2 = config.model_type == ModelType::kDeepseekV2;
   config.moe_intermediate_size = fields.Int("moe_intermediate_size", 1, kMaxSize);
   config.n_shared_experts = fields.Int("n_shared_experts", 0, 1024, 0);
-  config.num_experts_per_tok = fields.Int("num_experts_per_tok", 1, config.n_routed_experts);
+  config.num_experts_per_tok =
+      fields.Int("num_experts_per_tok", 1, std::min(config.n_routed_experts, kMaxExpertsPerToken));
   config.first_k_dense_replace = fields.Int("first_k_dense_replace", 0, config.num_hidden_layers);
   config.moe_layer_freq = fields.Int("moe_layer_freq", 1, kMaxSize, 1);
   // The V3 class's defaults for these are V3's own values; a file that leaves them out may mean any
@@ -403,6 +407,15 @@ double ModelConfig::softmax_scale() const {
   if (!rope_scaling || rope_scaling->mscale_all_dim == 0) return scale;
   const double m = YarnMscale(rope_scaling->factor, rope_scaling->mscale_all_dim);
   return scale * m * m;
+}
+
+absl::Status CheckServable(const ModelConfig& config) {
+  if (config.quantization && config.quantization->power_of_two_scales) {
+    return Unsupported("quantization_config.scale_fmt",
+                       "activations with power-of-two scales are not implemented yet; convert the "
+                       "model to BF16 to serve it");
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ModelConfig> ParseConfig(absl::string_view json) {

@@ -116,6 +116,10 @@ struct ModelConfig {
 // (understood, but not an architecture or setting we serve).
 absl::StatusOr<ModelConfig> ParseConfig(absl::string_view json);
 
+// UNIMPLEMENTED if the config is understood (it can be inspected and converted) but the kernels do
+// not compute as it says: V3.1's power-of-two activation scales. The weight loaders call it.
+absl::Status CheckServable(const ModelConfig& config);
+
 // Adds the end tokens of a generation_config.json to `config`. Other fields are ignored: sampling
 // defaults are the caller's business.
 absl::Status MergeGenerationConfig(absl::string_view json, ModelConfig& config);

@@ -24,7 +24,7 @@ class Loader {
     kLinear,  // F8_E4M3 with scale (FP8 models) or BF16
     kExpert,  // F8_E4M3 exactly in FP8 models
     kPlain,   // BF16: embedding, head, eh_proj
-    kGate,    // BF16 or F32
+    kGate,    // BF16, or F32 that BF16 can hold
   };
 
   absl::StatusOr<MatrixView> Matrix(const std::string& name, int64_t rows, int64_t cols,
@@ -60,6 +60,11 @@ class Loader {
     view.dtype = *dtype;
     view.rows = rows;
     view.cols = cols;
+    if (kind == MatrixKind::kGate && dtype == DType::kF32) {
+      view.dtype = DType::kBf16;
+      ASSIGN_OR_RETURN(view.data, NarrowedData(entry));
+      return view;
+    }
     ASSIGN_OR_RETURN(view.data, AlignedData(entry, SizeOf(*dtype)));
     const std::string scale_name = absl::StrCat(name, "_scale_inv");
     if (view.dtype == DType::kE4m3) {
@@ -203,6 +208,25 @@ class Loader {
     return const_cast<const std::byte*>(copy);
   }
 
+  // An F32 tensor as BF16. The gate's rounding decides which experts are chosen, so a value that
+  // BF16 cannot hold is refused rather than rounded.
+  absl::StatusOr<const std::byte*> NarrowedData(const Checkpoint::Entry& entry) {
+    ASSIGN_OR_RETURN(const absl::Span<const std::byte> bytes, entry.file->Bytes(*entry.info));
+    const size_t count = bytes.size() / sizeof(float);
+    std::byte* copy = storage_.Allocate(count * sizeof(Bf16));
+    for (size_t i = 0; i < count; ++i) {
+      float value;
+      std::memcpy(&value, bytes.data() + i * sizeof(float), sizeof(float));
+      const Bf16 narrow = ToBf16(value);
+      if (ToFloat(narrow) != value) {
+        return Bad(entry, absl::StrCat("dtype F32 with element ", i, " = ", value,
+                                       ", which BF16 cannot hold: not supported for a gate"));
+      }
+      std::memcpy(copy + i * sizeof(Bf16), &narrow, sizeof(Bf16));
+    }
+    return const_cast<const std::byte*>(copy);
+  }
+
   absl::StatusOr<const float*> Scales(const std::string& name, int64_t rows, int64_t cols) {
     ASSIGN_OR_RETURN(const Checkpoint::Entry entry, Checked(name, {rows, cols}));
     if (entry.info->dtype != TensorDType::kF32) {
@@ -257,6 +281,7 @@ int64_t ExpertShard::bytes() const {
 
 absl::StatusOr<AttentionWorkerWeights> LoadAttentionWorkerWeights(const Checkpoint& checkpoint,
                                                                   const ModelConfig& config) {
+  RETURN_IF_ERROR(CheckServable(config));
   AttentionWorkerWeights w;
   Loader loader(checkpoint, config, w.storage);
   ASSIGN_OR_RETURN(w.embed_tokens, loader.Matrix("model.embed_tokens.weight", config.vocab_size,
@@ -291,6 +316,7 @@ absl::StatusOr<ExpertShard> LoadExpertShard(const Checkpoint& checkpoint, const 
                                                    layer.value(), ": the model has ",
                                                    config.n_routed_experts));
   }
+  RETURN_IF_ERROR(CheckServable(config));
   ExpertShard shard;
   shard.layer = layer;
   shard.expert = expert;
@@ -308,6 +334,7 @@ absl::StatusOr<MoeLayerWeights> LoadGate(const Checkpoint& checkpoint, const Mod
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer.value(), " is not a mixture-of-experts layer"));
   }
+  RETURN_IF_ERROR(CheckServable(config));
   Loader loader(checkpoint, config, storage);
   return loader.Moe(absl::StrCat("model.layers.", layer.value(), ".mlp."), false);
 }

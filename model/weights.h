@@ -10,8 +10,8 @@
 //
 // Accepted element types: matrices F8_E4M3 (with `<name>_scale_inv` in F32, only if the config has
 // a quantization_config) or BF16; routed experts must be F8_E4M3 exactly if the model is FP8, since
-// they define the wire dtype; embedding, head, eh_proj BF16; gate weight BF16 or F32; norms and
-// bias BF16 or F32.
+// they define the wire dtype; embedding, head, eh_proj BF16; gate weight BF16, or F32 whose
+// values are all BF16 values (then narrowed, which loses nothing); norms and bias BF16 or F32.
 //
 // Lifetime: all views end with the Checkpoint or the weights object, whichever goes first. Weights
 // are immutable after loading and may be read from any thread. They are movable; views stay valid.
@@ -62,7 +62,7 @@ struct MlpWeights {
 
 // The attention worker's part of an MoE layer.
 struct MoeLayerWeights {
-  MatrixView gate;                                  // [n_routed_experts, hidden], BF16 or F32
+  MatrixView gate;                                  // [n_routed_experts, hidden], BF16
   absl::Span<const float> e_score_correction_bias;  // [n_routed_experts]; empty unless noaux_tc
   std::optional<MlpWeights> shared_experts;         // absent if n_shared_experts is 0
 };

@@ -11,6 +11,7 @@
 #include "absl/strings/match.h"
 #include "attention_worker/kv_block_pool.h"
 #include "gtest/gtest.h"
+#include "model/tokenizer.h"
 #include "tests/attention_worker/fake_node.h"
 #include "tests/attention_worker/fake_router.h"
 #include "tests/cluster/sequential_oracle.h"
@@ -366,6 +367,44 @@ TEST(AttentionActorTest, EosEndsTheStreamUnlessIgnored) {
   h.node_.RunUntilIdle();
   EXPECT_EQ(h.streams_[1].finish, FinishReason::kLength);
   EXPECT_EQ(h.streams_[1].tokens, tokens);
+}
+
+TEST(AttentionActorTest, AStopStringAcrossTokensEndsTheStream) {
+  const absl::StatusOr<model::Tokenizer> tokenizer =
+      model::Tokenizer::Load(MOEBIUS_SOURCE_DIR "/tests/model/golden");
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  Harness h(SmallOptions());
+  AttentionActor actor({.config = &Model().config(),
+                        .weights = &Model().weights(),
+                        .backend = h.backend_.get(),
+                        .tokenizer = &*tokenizer},
+                       SmallOptions());
+  h.node_.Host(&actor);
+  Submit request = h.Request(1, 20, 40, 1.0f);
+  const std::vector<OracleToken> tokens = h.Expected(request);
+  // The end of one token and the beginning of the next.
+  std::string stop;
+  for (size_t i = 5; stop.empty() && i + 1 < tokens.size(); ++i) {
+    const absl::string_view left = tokenizer->TokenBytes(tokens[i].token);
+    const absl::string_view right = tokenizer->TokenBytes(tokens[i + 1].token);
+    if (tokenizer->IsSpecial(tokens[i].token) || tokenizer->IsSpecial(tokens[i + 1].token))
+      continue;
+    if (!left.empty() && !right.empty()) stop = {left.back(), right.front()};
+  }
+  ASSERT_EQ(stop.size(), 2u);
+  std::string text;
+  size_t expected = 0;
+  while (text.find(stop) == std::string::npos) {
+    const TokenId token = tokens[expected++].token;
+    if (!tokenizer->IsSpecial(token)) {
+      text.append(tokenizer->TokenBytes(token).data(), tokenizer->TokenBytes(token).size());
+    }
+  }
+  request.stop_strings = {"never in the text", stop};
+  h.node_.Post(request);
+  h.node_.RunUntilIdle();
+  EXPECT_EQ(h.streams_[1].finish, FinishReason::kStop);
+  EXPECT_EQ(h.streams_[1].tokens.size(), expected);
 }
 
 TEST(AttentionActorTest, ContextEndAndZeroTokens) {

@@ -261,6 +261,52 @@ TEST(WeightsRoles, RolesNeedOnlyWhatTheyHost) {
   EXPECT_EQ(storage.tensor_names().size(), 2u);
 }
 
+TEST(WeightsRoles, AnF32GateIsNarrowedOnlyIfNothingIsLost) {
+  const std::string name = "model.layers.1.mlp.gate.weight";
+  auto tensors = TinyTensors({});
+  TinyTensor& gate = tensors.at(name);
+  const std::vector<std::byte> bf16 = gate.data;
+  std::vector<float> values(bf16.size() / 2);
+  for (size_t i = 0; i < values.size(); ++i) {
+    Bf16 value;
+    std::memcpy(&value, bf16.data() + 2 * i, 2);
+    values[i] = ToFloat(value);
+  }
+  const auto store = [&] {
+    gate.spec.dtype = TensorDType::kF32;
+    gate.data.resize(values.size() * 4);
+    std::memcpy(gate.data.data(), values.data(), gate.data.size());
+  };
+  store();
+  {
+    const Opened opened = Open({}, tensors);
+    const auto w = LoadAttentionWorkerWeights(*opened.checkpoint, opened.config);
+    ASSERT_TRUE(w.ok()) << w.status();
+    const MatrixView& view = w->layers[1].moe->gate;
+    EXPECT_EQ(view.dtype, DType::kBf16);
+    EXPECT_EQ(std::memcmp(view.data, bf16.data(), bf16.size()), 0);
+  }
+  values[7] += values[7] / 1024;
+  store();
+  const Opened opened = Open({}, tensors);
+  const absl::Status status =
+      LoadAttentionWorkerWeights(*opened.checkpoint, opened.config).status();
+  EXPECT_TRUE(absl::StrContains(status.message(), name)) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "element 7")) << status;
+}
+
+TEST(WeightsErrors, ASettingThatTheKernelsIgnoreIsRefused) {
+  const Opened opened = Open({}, TinyTensors({}));
+  ModelConfig v31 = opened.config;
+  v31.quantization->power_of_two_scales = true;
+  for (const absl::Status& status :
+       {LoadAttentionWorkerWeights(*opened.checkpoint, v31).status(),
+        LoadExpertShard(*opened.checkpoint, v31, LayerId(1), ExpertId(0)).status()}) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+    EXPECT_TRUE(absl::StrContains(status.message(), "scale_fmt")) << status;
+  }
+}
+
 TEST(WeightsRoles, AModelWhoseMtpLayerWasLeftOutStillLoads) {
   const Opened opened = Open({.mtp = true}, TinyTensors({.mtp = false}));
   const auto w = LoadAttentionWorkerWeights(*opened.checkpoint, opened.config);

@@ -1,15 +1,20 @@
 // Clusters in simulation, thousands of them: whatever the delays, orders, placements, chunk sizes,
 // company and faults, every stream's ids, logprobs and digests are the sequential oracle's.
 
-#include "tests/cluster/sim_cluster.h"
+#include "tests/cluster/cluster_sim.h"
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "attention_worker/kv_block_pool.h"
 #include "base/prng.h"
 #include "gtest/gtest.h"
@@ -74,6 +79,23 @@ const Case& CaseOf(int index) {
   return (*cases)[index];
 }
 
+// The seeds of one test: `count` of them by default; `./dev sim SEEDS FIRST_SEED` takes more, from
+// elsewhere, in the same proportions.
+struct Seeds {
+  uint64_t first, last;
+};
+Seeds SeedsOf(uint64_t test, uint64_t count) {
+  const auto number = [](const char* name, uint64_t otherwise) {
+    const char* text = std::getenv(name);
+    uint64_t value = 0;
+    return text != nullptr && absl::SimpleAtoi(text, &value) ? value : otherwise;
+  };
+  const uint64_t scaled = std::max<uint64_t>(number("MOEBIUS_SIM_SEEDS", 1000) * count / 1000, 1);
+  // Tests do not share seeds: each has a million million of its own.
+  const uint64_t first = test * 1'000'000'000'000 + number("MOEBIUS_SIM_FIRST_SEED", 1);
+  return {first, first + scaled - 1};
+}
+
 // A cluster that the seed describes, with 2 to 7 concurrent requests.
 struct SeededRun {
   explicit SeededRun(uint64_t seed) : prng(seed), c(CaseOf(static_cast<int>(seed % kModels))) {
@@ -95,10 +117,16 @@ struct SeededRun {
     attention.head_slice_rows = 1 + static_cast<int32_t>(prng.Below(4));
     attention.max_waiting = 16;
     options.router_on_own_node = prng.Below(2) == 0;
+    constexpr int kWorkers[] = {1, 2, 3, 3, 3, 3, 5};
+    options.expert_workers = kWorkers[prng.Below(7)];
+    options.experts_in_attention_node = !options.router_on_own_node && prng.Below(4) == 0;
+    options.max_rows_per_frame = 32 + static_cast<uint32_t>(prng.Below(33));
+    options.hosts = MakeHosts(*c.model, options.expert_workers, /*replicas=*/1 + prng.Below(4) / 3,
+                              /*scrambled=*/prng.Below(2) == 0, prng);
   }
 
   void Start() {
-    cluster = std::make_unique<SimCluster>(options);
+    cluster = std::make_unique<ClusterSim>(options);
     const uint64_t count = 2 + prng.Below(6);
     for (uint64_t id = 1; id <= count; ++id) {
       const auto which = static_cast<size_t>(prng.Below(kRequestsPerModel));
@@ -108,8 +136,27 @@ struct SeededRun {
     }
   }
 
+  std::string Describe() {
+    const auto& router = *cluster->router_counters();
+    const attention_worker::AttentionCounters counts = cluster->counters();
+    std::string out = absl::StrCat(
+        "workers ", options.expert_workers, options.experts_in_attention_node ? " local" : "",
+        options.router_on_own_node ? ", router apart" : "", ", steps ", counts.steps, ", running ",
+        counts.running, ", route requests ", counts.route_requests, ", resends ",
+        counts.route_resends, ", rejected ", counts.route_rejected, "; router rounds ",
+        router.rounds.load(), ", sent ", router.items_sent.load(), ", resent ",
+        router.items_resent.load(), ", refused ", router.refused_frames.load(), ", without holder ",
+        router.rows_without_holder.load(), ", stale ", router.stale_answers.load());
+    for (const NodeId id : cluster->nodes()) {
+      if (!cluster->world().alive(id)) continue;
+      absl::StrAppend(&out, "; node ", id.value(), " buffers ", cluster->world().pool(id).in_use(),
+                      " frames ", cluster->world().node(id).outstanding_frames());
+    }
+    return out;
+  }
+
   void ExpectExact() {
-    ASSERT_TRUE(cluster->RunToEnd(seconds(120))) << "requests never ended";
+    ASSERT_TRUE(cluster->RunToEnd(seconds(120))) << "requests never ended: " << Describe();
     for (const auto& [id, stream] : cluster->streams()) {
       ASSERT_TRUE(stream.orderly);
       ASSERT_NE(stream.finish, FinishReason::kError) << stream.status;
@@ -125,15 +172,23 @@ struct SeededRun {
     ASSERT_EQ(cluster->Imbalance(quiet), "");
     preemptions += cluster->counters().preemptions;
     resends += cluster->counters().route_resends;
+    ASSERT_EQ(cluster->router_counters()->exactness_mismatches, 0u);
+    const std::vector<uint64_t> served = cluster->items_served();
+    for (const uint64_t items : served) {
+      pairs += items;
+      idle_workers += items == 0;
+    }
+    workers += served.size();
   }
 
   Prng prng;
   const Case& c;
-  SimClusterOptions options;
-  std::unique_ptr<SimCluster> cluster;
+  ClusterSimOptions options;
+  std::unique_ptr<ClusterSim> cluster;
   std::map<uint64_t, size_t> chosen;
   runtime::Duration quiet = milliseconds(500);
-  static inline uint64_t tokens = 0, preemptions = 0, cancelled = 0, resends = 0;
+  static inline uint64_t tokens = 0, preemptions = 0, cancelled = 0, resends = 0, pairs = 0,
+                         workers = 0, idle_workers = 0;
 };
 
 void ExpectDiverseTokens() {
@@ -147,9 +202,10 @@ void ExpectDiverseTokens() {
   }
 }
 
-TEST(SimClusterTest, ThousandSeedsEqualTheOracle) {
+TEST(ClusterSimTest, ThousandSeedsEqualTheOracle) {
   ExpectDiverseTokens();
-  for (uint64_t seed = 1; seed <= 1000; ++seed) {
+  const Seeds seeds = SeedsOf(0, 1000);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.Start();
@@ -157,19 +213,22 @@ TEST(SimClusterTest, ThousandSeedsEqualTheOracle) {
     if (HasFatalFailure()) return;
   }
   RecordProperty("tokens", static_cast<int>(SeededRun::tokens));
-  printf("tokens %lu, cancelled %lu, preemptions %lu\n", SeededRun::tokens, SeededRun::cancelled,
-         SeededRun::preemptions);
+  printf("tokens %lu, cancelled %lu, preemptions %lu, pairs %lu, workers %lu of which idle %lu\n",
+         SeededRun::tokens, SeededRun::cancelled, SeededRun::preemptions, SeededRun::pairs,
+         SeededRun::workers, SeededRun::idle_workers);
   EXPECT_GT(SeededRun::tokens, 10000u);
   EXPECT_GT(SeededRun::cancelled, 100u);
   EXPECT_GT(SeededRun::preemptions, 20u);
 }
 
-TEST(SimClusterTest, BrokenLinksAndRouterRestartsChangeNothing) {
+TEST(ClusterSimTest, BrokenLinksAndRouterRestartsChangeNothing) {
   SeededRun::resends = 0;
-  for (uint64_t seed = 5001; seed <= 5150; ++seed) {
+  const Seeds seeds = SeedsOf(1, 150);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.options.router_on_own_node = true;
+    run.options.experts_in_attention_node = false;
     run.options.network.corrupt_probability = run.prng.Below(3) == 0 ? 0.002 : 0.0;
     run.options.network.silent_crash_probability = 0.2;
     run.quiet = seconds(8);  // a silent death is noticed after two seconds, a reconnect backs off
@@ -201,19 +260,90 @@ TEST(SimClusterTest, BrokenLinksAndRouterRestartsChangeNothing) {
   EXPECT_GT(SeededRun::resends, 50u);
 }
 
+// Expert workers crash (with notice or silently), come back, are cut off; experts have one holder
+// or two. No request is lost and no bit differs; while an expert has no holder its rows wait.
+TEST(ClusterSimTest, ExpertCrashesRestartsAndPartitionsChangeNothing) {
+  uint64_t resent = 0, hedged = 0;
+  const Seeds seeds = SeedsOf(2, 200);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    SeededRun run(seed);
+    run.options.experts_in_attention_node = false;
+    run.options.expert_workers = 3;
+    run.options.hosts = MakeHosts(*run.c.model, 3, 1 + static_cast<int>(run.prng.Below(2)),
+                                  run.prng.Below(2) == 0, run.prng);
+    run.options.network.silent_crash_probability = 0.3;
+    run.quiet = seconds(8);
+    run.Start();
+    runtime::sim::SimWorld& world = run.cluster->world();
+    const NodeId router = run.options.router_on_own_node ? kRouterNode : kAttentionNode;
+    for (int fault = 0; fault < 4; ++fault) {
+      const runtime::Duration at = microseconds(run.prng.Below(80000));
+      const NodeId expert = ExpertNode(static_cast<int>(run.prng.Below(3)));
+      switch (run.prng.Below(4)) {
+        case 0:
+          world.Schedule(at, [&world, expert, router] { world.Break(expert, router); });
+          break;
+        case 1:
+          world.Schedule(at, [&world, expert, router] { world.Partition(expert, router); });
+          world.Schedule(at + milliseconds(1 + run.prng.Below(4000)),
+                         [&world] { world.HealAll(); });
+          break;
+        default:
+          world.Schedule(at, [&world, expert] {
+            if (world.alive(expert)) world.Crash(expert);
+          });
+          world.Schedule(at + milliseconds(1 + run.prng.Below(1000)), [&world, expert] {
+            if (!world.alive(expert)) world.Restart(expert);
+          });
+      }
+    }
+    run.ExpectExact();
+    if (HasFatalFailure()) return;
+    resent += run.cluster->router_counters()->items_resent;
+    hedged += run.cluster->router_counters()->items_hedged;
+  }
+  EXPECT_GT(resent, 100u);
+  EXPECT_GT(hedged, 10u);
+}
+
+// Experts move between workers while requests run; workers may drop a shard before its rows in
+// flight have arrived (NOT_HOSTED).
+TEST(ClusterSimTest, MovingExpertsChangesNothing) {
+  uint64_t resent = 0;
+  const Seeds seeds = SeedsOf(3, 100);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    SeededRun run(seed);
+    run.Start();
+    for (int move = 0; move < 4; ++move) {
+      run.cluster->Move(
+          MakeHosts(*run.c.model, run.options.expert_workers,
+                    1 + static_cast<int>(run.prng.Below(2)), run.prng.Below(2) == 0, run.prng),
+          /*dropping=*/run.prng.Below(2) == 0, microseconds(1000 + run.prng.Below(60000)));
+    }
+    run.ExpectExact();
+    if (HasFatalFailure()) return;
+    resent += run.cluster->router_counters()->items_resent;
+  }
+  EXPECT_GT(resent, 0u);
+}
+
 // Requests that together need twice the pool: what is taken back is computed again, to the bit.
-TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
+TEST(ClusterSimTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
   const ToyModel model({.seed = 21});
   const auto backend = MakeTestBackend();
   SequentialOracle oracle(&model, backend.get());
-  SimClusterOptions options;
+  ClusterSimOptions options;
   options.model = &model;
   options.attention.max_step_tokens = 128;
   options.attention.prefill_chunk = 32;
   options.attention.max_running = 64;
+  options.expert_workers = 3;
   std::vector<OracleRequest> requests;
   int64_t blocks_needed = 0;
   Prng prng(3);
+  options.hosts = MakeHosts(model, 3, 1, true, prng);
   for (int i = 0; i < 64; ++i) {
     OracleRequest request;
     for (uint64_t t = 20 + prng.Below(40); t > 0; --t) {
@@ -226,7 +356,7 @@ TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
     requests.push_back(request);
   }
   options.attention.num_blocks = static_cast<int32_t>(blocks_needed / 2);
-  SimCluster cluster(options);
+  ClusterSim cluster(options);
   for (size_t i = 0; i < requests.size(); ++i) cluster.Generate(i + 1, requests[i], {});
   uint64_t most_used = 0;
   ASSERT_TRUE(cluster.world().RunUntil(
@@ -247,8 +377,9 @@ TEST(SimClusterTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
   EXPECT_EQ(cluster.Imbalance(milliseconds(500)), "");
 }
 
-TEST(SimClusterTest, DrainUnderLoadFinishesEverythingAboard) {
-  for (uint64_t seed = 7001; seed <= 7020; ++seed) {
+TEST(ClusterSimTest, DrainUnderLoadFinishesEverythingAboard) {
+  const Seeds seeds = SeedsOf(4, 20);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     SeededRun run(seed);
     run.Start();
@@ -265,11 +396,12 @@ TEST(SimClusterTest, DrainUnderLoadFinishesEverythingAboard) {
   }
 }
 
-TEST(SimClusterTest, TheSameSeedIsTheSameRun) {
+TEST(ClusterSimTest, TheSameSeedIsTheSameRun) {
   uint64_t traces[2];
   for (uint64_t& trace : traces) {
     SeededRun run(42);
     run.options.router_on_own_node = true;
+    run.options.experts_in_attention_node = false;
     run.Start();
     run.ExpectExact();
     trace = run.cluster->world().trace_hash();

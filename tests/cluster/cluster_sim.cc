@@ -1,0 +1,278 @@
+#include "tests/cluster/cluster_sim.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "tests/cluster/oracle_router.h"
+
+namespace moebius::cluster_test {
+namespace {
+
+using attention_worker::FinishReason;
+
+constexpr uint64_t kModelDigest = 0x70'1D'16E5'7;
+
+runtime::NodeOptions NodeOptionsFor(wire::NodeRole role) {
+  runtime::NodeOptions options;
+  options.identity.role = role;
+  options.identity.model_digest = {kModelDigest, 0};
+  return options;
+}
+
+}  // namespace
+
+std::vector<std::vector<int>> MakeHosts(const ToyModel& model, int workers, int replicas,
+                                        bool scrambled, Prng& prng) {
+  const model::ModelConfig& config = model.config();
+  const int64_t experts = config.n_routed_experts;
+  std::vector<std::vector<int>> hosts(config.num_hidden_layers * experts);
+  for (int64_t i = 0; i < static_cast<int64_t>(hosts.size()); ++i) {
+    // Any number of workers: shares may be unequal, some worker may hold nothing of a layer.
+    const int first = scrambled ? static_cast<int>(prng.Below(workers))
+                                : static_cast<int>(i % experts * workers / experts);
+    for (int r = 0; r < std::min(replicas, workers); ++r) {
+      hosts[i].push_back((first + r) % workers);
+    }
+  }
+  return hosts;
+}
+
+NodeId ExpertNode(int worker) { return NodeId(kFirstExpertNode + static_cast<uint64_t>(worker)); }
+
+ClusterSim::ClusterSim(const ClusterSimOptions& options)
+    : options_(options),
+      hosts_(options.hosts),
+      hosted_(options.hosts),
+      world_(options.seed, options.network) {
+  const std::vector<runtime::BufferClass> buffers = {{512, 64}, {8192, 96}, {160 * 1024, 24}};
+  if (!options.experts_in_attention_node) {
+    for (int w = 0; w < options.expert_workers; ++w) {
+      world_.AddNode(ExpertNode(w), NodeOptionsFor(wire::NodeRole::kExpert), buffers,
+                     [this, w](runtime::Node& node) { AddExpertActor(w, node); });
+    }
+  }
+  attention_worker::AttentionOptions attention = options.attention;
+  attention.model_digest = kModelDigest;
+  attention.router = {options.router_on_own_node ? kRouterNode : kAttentionNode, runtime::kRouter};
+  if (options.router_on_own_node) {
+    attention.router_peer = runtime::PeerInfo{kRouterNode, Incarnation(0),
+                                              runtime::sim::SimWorld::AddressOf(kRouterNode)};
+    world_.AddNode(kRouterNode, NodeOptionsFor(wire::NodeRole::kRouter), buffers,
+                   [this](runtime::Node& node) { AddRouterActor(node); });
+  }
+  world_.AddNode(kAttentionNode, NodeOptionsFor(wire::NodeRole::kAttention), buffers,
+                 [this, attention](runtime::Node& node) {
+                   auto actor = std::make_unique<attention_worker::AttentionActor>(
+                       attention_worker::AttentionModel{.config = &options_.model->config(),
+                                                        .weights = &options_.model->weights(),
+                                                        .backend = NewBackend()},
+                       attention);
+                   attention_ = actor.get();
+                   node.AddActor(runtime::kAttentionWorker, std::move(actor));
+                   if (!options_.router_on_own_node) AddRouterActor(node);
+                   if (!options_.experts_in_attention_node) return;
+                   for (int w = 0; w < options_.expert_workers; ++w) AddExpertActor(w, node);
+                 });
+}
+
+kernels::Backend* ClusterSim::NewBackend() {
+  backends_.push_back(MakeTestBackend());
+  return backends_.back().get();
+}
+
+wire::RowLimits ClusterSim::Limits() const {
+  const model::ModelConfig& config = options_.model->config();
+  wire::RowLimits limits;
+  limits.hidden = static_cast<uint32_t>(config.hidden_size);
+  limits.layers = static_cast<uint32_t>(config.num_hidden_layers);
+  limits.experts_per_layer = static_cast<uint32_t>(config.n_routed_experts);
+  limits.top_k = static_cast<uint32_t>(config.num_experts_per_tok);
+  limits.max_rows = static_cast<uint32_t>(options_.attention.max_step_tokens);
+  limits.e4m3 = config.wire_dtype() == model::WireDtype::kE4m3;
+  return limits;
+}
+
+ActorId ClusterSim::ExpertActorId(int worker) const {
+  const int offset = options_.experts_in_attention_node ? worker : 0;
+  return ActorId(static_cast<uint16_t>(runtime::kExpertWorker.value() + offset));
+}
+
+NodeId ClusterSim::NodeOf(int worker) const {
+  return options_.experts_in_attention_node ? kAttentionNode : ExpertNode(worker);
+}
+
+void ClusterSim::AddRouterActor(runtime::Node& node) {
+  if (options_.expert_workers == 0) {
+    node.AddActor(runtime::kRouter, std::make_unique<OracleRouter>(options_.model, NewBackend()));
+    return;
+  }
+  router::RouterOptions options;
+  options.limits = Limits();
+  options.gate = options_.model->gate_config();
+  options.max_rows_per_frame = options_.max_rows_per_frame;
+  for (const model::AttentionLayerWeights& layer : options_.model->weights().layers) {
+    router::GateWeights gate;
+    if (layer.moe) gate = {layer.moe->gate, layer.moe->e_score_correction_bias.data()};
+    options.layers.push_back(gate);
+  }
+  auto actor = std::make_unique<router::RouterActor>(options, NewBackend());
+  router_counters_ = actor->counters();
+  node.AddActor(runtime::kRouter, std::move(actor));
+  CHECK(node.Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()}).ok());
+}
+
+void ClusterSim::AddExpertActor(int worker, runtime::Node& node) {
+  expert_worker::ExpertOptions options;
+  options.limits = Limits();
+  options.intermediate = options_.model->config().moe_intermediate_size;
+  auto actor = std::make_unique<expert_worker::ExpertActor>(options, NewBackend());
+  expert_counters_.emplace_back(worker, actor->counters());
+  node.AddActor(ExpertActorId(worker), std::move(actor));
+  CHECK(node.Post(ExpertActorId(worker), HostOrder(worker)).ok());
+}
+
+std::shared_ptr<const router::Placement> ClusterSim::MakePlacement() const {
+  const model::ModelConfig& config = options_.model->config();
+  auto placement = std::make_shared<router::Placement>(
+      Epoch(epoch_), static_cast<uint32_t>(config.num_hidden_layers),
+      static_cast<uint32_t>(config.n_routed_experts));
+  for (size_t i = 0; i < hosts_.size(); ++i) {
+    const LayerId layer(static_cast<uint32_t>(i / config.n_routed_experts));
+    const ExpertId expert(static_cast<uint32_t>(i % config.n_routed_experts));
+    if (!config.is_moe_layer(layer.value())) continue;
+    for (const int worker : hosts_[i]) {
+      placement->AddReplica(layer, expert, {NodeOf(worker), ExpertActorId(worker)});
+    }
+  }
+  if (!options_.experts_in_attention_node) {
+    for (int w = 0; w < options_.expert_workers; ++w) {
+      placement->AddPeer(
+          {ExpertNode(w), Incarnation(0), runtime::sim::SimWorld::AddressOf(ExpertNode(w))});
+    }
+  }
+  return placement;
+}
+
+expert_worker::HostExperts ClusterSim::HostOrder(int worker) const {
+  const model::ModelConfig& config = options_.model->config();
+  expert_worker::HostExperts order;
+  for (size_t i = 0; i < hosted_.size(); ++i) {
+    const int64_t layer = static_cast<int64_t>(i) / config.n_routed_experts;
+    const int64_t expert = static_cast<int64_t>(i) % config.n_routed_experts;
+    if (!config.is_moe_layer(layer)) continue;
+    if (std::find(hosted_[i].begin(), hosted_[i].end(), worker) == hosted_[i].end()) continue;
+    const model::MlpWeights& mlp = options_.model->expert(layer, expert);
+    order.experts.push_back({LayerId(static_cast<uint32_t>(layer)),
+                             ExpertId(static_cast<uint32_t>(expert)),
+                             {mlp.gate_proj, mlp.up_proj, mlp.down_proj}});
+  }
+  return order;
+}
+
+void ClusterSim::Move(const std::vector<std::vector<int>>& hosts, bool dropping,
+                      runtime::Duration delay) {
+  world_.Schedule(delay, [this, hosts, dropping] {
+    const std::vector<std::vector<int>> before = std::move(hosts_);
+    hosts_ = hosts;
+    hosted_ = hosts;
+    if (!dropping) {
+      for (size_t i = 0; i < hosted_.size(); ++i) {
+        hosted_[i].insert(hosted_[i].end(), before[i].begin(), before[i].end());
+      }
+    }
+    ++epoch_;
+    const model::ModelConfig& config = options_.model->config();
+    for (int w = 0; w < options_.expert_workers; ++w) {
+      if (!world_.alive(NodeOf(w))) continue;  // its restart hosts what it should
+      CHECK(world_.node(NodeOf(w)).Post(ExpertActorId(w), HostOrder(w)).ok());
+      expert_worker::DropExperts drop;
+      for (size_t i = 0; i < hosted_.size(); ++i) {
+        if (std::find(hosted_[i].begin(), hosted_[i].end(), w) != hosted_[i].end()) continue;
+        drop.experts.emplace_back(LayerId(static_cast<uint32_t>(i / config.n_routed_experts)),
+                                  ExpertId(static_cast<uint32_t>(i % config.n_routed_experts)));
+      }
+      if (dropping) CHECK(world_.node(NodeOf(w)).Post(ExpertActorId(w), drop).ok());
+    }
+    const NodeId router = options_.router_on_own_node ? kRouterNode : kAttentionNode;
+    if (!world_.alive(router)) return;
+    CHECK(
+        world_.node(router).Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()}).ok());
+  });
+}
+
+std::vector<uint64_t> ClusterSim::items_served() const {
+  std::vector<uint64_t> served(options_.expert_workers);
+  for (const auto& [worker, counters] : expert_counters_) served[worker] += counters->items_served;
+  return served;
+}
+
+std::vector<NodeId> ClusterSim::nodes() const {
+  std::vector<NodeId> nodes = {kAttentionNode};
+  if (options_.router_on_own_node) nodes.push_back(kRouterNode);
+  if (options_.experts_in_attention_node) return nodes;
+  for (int w = 0; w < options_.expert_workers; ++w) nodes.push_back(ExpertNode(w));
+  return nodes;
+}
+
+void ClusterSim::Generate(uint64_t id, const OracleRequest& request, runtime::Duration delay) {
+  CHECK(streams_.find(id) == streams_.end());
+  ClientStream& stream = streams_[id];
+  stream.request = request;
+  attention_worker::Submit submit;
+  submit.request = RequestId(id);
+  submit.prompt = request.prompt;
+  submit.sampling = request.sampling;
+  submit.max_tokens = request.max_tokens;
+  submit.ignore_eos = request.eos_token_ids.empty();
+  submit.on_token = [&stream](const attention_worker::TokenEvent& event) {
+    stream.orderly &= stream.finish == FinishReason::kNone && event.index == stream.tokens.size();
+    if (event.token >= 0) stream.tokens.push_back({event.token, event.logprob, event.row_digest});
+    stream.finish = event.finish_reason;
+    stream.status = event.status;
+    stream.preemptions = event.preemptions;
+  };
+  world_.Schedule(delay, [this, submit] {
+    CHECK(world_.node(kAttentionNode).Post(runtime::kAttentionWorker, submit).ok());
+  });
+}
+
+void ClusterSim::Cancel(uint64_t id, runtime::Duration delay) {
+  world_.Schedule(delay, [this, id] {
+    CHECK(world_.node(kAttentionNode)
+              .Post(runtime::kAttentionWorker, attention_worker::Cancel{RequestId(id)})
+              .ok());
+  });
+}
+
+bool ClusterSim::RunToEnd(runtime::Duration limit) {
+  return world_.RunUntil(
+      [this] {
+        return std::all_of(streams_.begin(), streams_.end(), [](const auto& stream) {
+          return stream.second.finish != FinishReason::kNone;
+        });
+      },
+      limit);
+}
+
+std::string ClusterSim::Imbalance(runtime::Duration quiet) {
+  // Late answers, acknowledgements and the last step of a cancelled request find their way home.
+  world_.RunFor(quiet);
+  std::string out;
+  const attention_worker::AttentionCounters counts = counters();
+  if (counts.blocks_used != 0) absl::StrAppend(&out, counts.blocks_used, " cache blocks held; ");
+  if (counts.running + counts.waiting != 0) absl::StrAppend(&out, "sequences aboard; ");
+  for (const NodeId id : nodes()) {
+    if (!world_.alive(id)) continue;
+    if (const uint32_t buffers = world_.pool(id).in_use(); buffers != 0) {
+      absl::StrAppend(&out, "node ", id.value(), " holds ", buffers, " buffers; ");
+    }
+    if (const uint64_t frames = world_.node(id).outstanding_frames(); frames != 0) {
+      absl::StrAppend(&out, "node ", id.value(), " misses ", frames, " credits; ");
+    }
+  }
+  return out;
+}
+
+}  // namespace moebius::cluster_test
