@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
 #include "base/hash.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -69,7 +70,9 @@ absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir) {
 std::unique_ptr<kernels::Backend> MakeBackend(int threads) {
   kernels::cpu::CpuBackendOptions options;
   options.num_threads = threads;
-  return std::make_unique<kernels::cpu::CpuBackend>(options);
+  auto backend = kernels::cpu::CpuBackend::Create(options);
+  CHECK(backend.ok());  // threads >= 1, and no target is forced
+  return *std::move(backend);
 }
 
 runtime::SessionIdentity MakeIdentity(const ModelHost& host, const kernels::Backend& backend, uint64_t node,
