@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "gtest/gtest.h"
+#include "tests/model/test_dir.h"
 #include "tests/model/tiny_checkpoint.h"
 
 namespace moebius::model {
@@ -18,7 +19,7 @@ namespace {
 class CheckpointTest : public testing::Test {
  protected:
   std::string Dir(const std::string& name) {
-    return absl::StrCat(testing::TempDir(), "/moebius_ckpt_", name);
+    return absl::StrCat(TestDir(), "/moebius_ckpt_", name);
   }
   static std::string Read(const std::string& path) {
     std::ifstream file(path, std::ios::binary);

@@ -16,6 +16,7 @@
 #include "absl/strings/str_replace.h"
 #include "gtest/gtest.h"
 #include "model/rope.h"
+#include "tests/model/test_dir.h"
 
 namespace moebius::model {
 namespace {
@@ -349,8 +350,7 @@ TEST(Config, MalformedJsonIsRefused) {
 }
 
 TEST(LoadConfig, MergesEndTokensAndNamesTheFile) {
-  const std::filesystem::path dir =
-      std::filesystem::path(testing::TempDir()) / "moebius_load_config";
+  const std::filesystem::path dir = std::filesystem::path(TestDir()) / "moebius_load_config";
   std::filesystem::create_directories(dir);
   std::ofstream(dir / "config.json") << kV3;
   std::ofstream(dir / "generation_config.json") << R"({"eos_token_id": [1, 128805]})";

@@ -15,6 +15,7 @@
 #include "gtest/gtest.h"
 #include "model/manifest.h"
 #include "model/weights.h"
+#include "tests/model/test_dir.h"
 #include "tests/model/tiny_checkpoint.h"
 
 namespace moebius::model {
@@ -23,7 +24,7 @@ namespace {
 namespace fs = std::filesystem;
 
 std::string Dir(const std::string& name) {
-  const std::string dir = testing::TempDir() + "/moebius_convert_" + name;
+  const std::string dir = TestDir() + "/moebius_convert_" + name;
   fs::remove_all(dir);
   return dir;
 }
@@ -167,7 +168,7 @@ TEST(Convert, RefusesToOverwriteAndLeavesNothingBehind) {
   WriteTinyTensors(in, {}, tensors);
   const absl::Status status = ConvertModel(in, failed, {.target = ConvertTarget::kBf16});
   EXPECT_TRUE(absl::StrContains(status.message(), "experts.3.up_proj")) << status;
-  for (const auto& entry : fs::directory_iterator(testing::TempDir())) {
+  for (const auto& entry : fs::directory_iterator(TestDir())) {
     EXPECT_FALSE(absl::StrContains(entry.path().string(), "moebius_convert_failed"))
         << entry.path();
   }

@@ -9,13 +9,14 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
+#include "tests/model/test_dir.h"
 #include "tests/model/tiny_checkpoint.h"
 
 namespace moebius::model {
 namespace {
 
 TEST(Inspect, SumsOfATinyModel) {
-  const std::string dir = testing::TempDir() + "/moebius_inspect_tiny";
+  const std::string dir = TestDir() + "/moebius_inspect_tiny";
   WriteTinyCheckpoint(dir, {.mtp_copies = true, .shards = 2});
   const auto checkpoint = Checkpoint::Open(dir);
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
@@ -104,7 +105,7 @@ TEST(Inspect, DeepSeekV3HasThePublishedTotals) {
   EXPECT_EQ(header.tensors(), 91'991);
   EXPECT_EQ(header.data_bytes(), 688'574'839'360u);
 
-  const std::string dir = testing::TempDir() + "/moebius_inspect_v3";
+  const std::string dir = TestDir() + "/moebius_inspect_v3";
   std::filesystem::remove_all(dir);
   std::filesystem::create_directories(dir);
   const std::string json = header.Json();

@@ -15,14 +15,13 @@
 #include "absl/strings/str_replace.h"
 #include "gtest/gtest.h"
 #include "model/weights.h"
+#include "tests/model/test_dir.h"
 #include "tests/model/tiny_checkpoint.h"
 
 namespace moebius::model {
 namespace {
 
-std::string Dir(const std::string& name) {
-  return testing::TempDir() + "/moebius_manifest_" + name;
-}
+std::string Dir(const std::string& name) { return TestDir() + "/moebius_manifest_" + name; }
 
 Manifest Compute(const std::string& dir) {
   const auto checkpoint = Checkpoint::Open(dir);

@@ -12,11 +12,12 @@
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 #include "model/safetensors_writer.h"
+#include "tests/model/test_dir.h"
 
 namespace moebius::model {
 namespace {
 
-std::string File(const std::string& name) { return testing::TempDir() + "/moebius_st_" + name; }
+std::string File(const std::string& name) { return TestDir() + "/moebius_st_" + name; }
 
 std::string Container(std::string json, size_t data_bytes) {
   std::string out(8, '\0');
@@ -200,8 +201,7 @@ TEST(Safetensors, RefusesAFileThatChangedItsSizeBeforeItWasMapped) {
   ASSERT_TRUE(file.ok());
   std::filesystem::resize_file(path, content.size() - 50);
   EXPECT_EQ((*file)->Bytes(*(*file)->Find("a")).status().code(), absl::StatusCode::kDataLoss);
-  EXPECT_EQ(SafetensorsFile::Open(testing::TempDir()).status().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(SafetensorsFile::Open(TestDir()).status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(SafetensorsFile::Open(File("nobody")).status().code(), absl::StatusCode::kNotFound);
 }
 

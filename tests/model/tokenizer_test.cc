@@ -14,6 +14,7 @@
 #include "absl/strings/str_replace.h"
 #include "base/prng.h"
 #include "gtest/gtest.h"
+#include "tests/model/test_dir.h"
 
 namespace moebius::model {
 namespace {
@@ -180,7 +181,7 @@ TEST(Tokenizer, EmptyNormalizerAndTemplatesArePassedOver) {
 }
 
 TEST(Tokenizer, ADirectoryWithoutOneSaysSo) {
-  const std::string dir = testing::TempDir() + "/moebius_no_tokenizer";
+  const std::string dir = TestDir() + "/moebius_no_tokenizer";
   std::filesystem::create_directories(dir);
   EXPECT_EQ(Tokenizer::Load(dir).status().code(), absl::StatusCode::kNotFound);
   std::ofstream(dir + "/tokenizer.json") << Json();

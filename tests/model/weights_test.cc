@@ -13,12 +13,13 @@
 #include "absl/strings/str_cat.h"
 #include "base/float_formats.h"
 #include "gtest/gtest.h"
+#include "tests/model/test_dir.h"
 #include "tests/model/tiny_checkpoint.h"
 
 namespace moebius::model {
 namespace {
 
-std::string Dir() { return testing::TempDir() + "/moebius_weights"; }
+std::string Dir() { return TestDir() + "/moebius_weights"; }
 
 struct Opened {
   ModelConfig config;
