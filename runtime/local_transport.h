@@ -1,7 +1,7 @@
 #pragma once
 
-// The transport of a node without peers: everything stays in the process (frames between actors of one node never
-// reach a transport). It only sleeps and wakes.
+// The transport of a node without peers: everything stays in the process (frames between actors of
+// one node never reach a transport). It only sleeps and wakes.
 
 #include <condition_variable>
 #include <mutex>

@@ -36,7 +36,8 @@ v1::FinishReason ToProto(attention_worker::FinishReason reason) {
 
 }  // namespace
 
-grpc::Status AttentionRpc::Generate(grpc::ServerContext* context, const v1::ResolvedRequest* request,
+grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
+                                    const v1::ResolvedRequest* request,
                                     grpc::ServerWriter<v1::WorkerToken>* writer) {
   using attention_worker::TokenEvent;
   auto queue = std::make_shared<EventQueue<TokenEvent>>(kStreamLag);
@@ -55,7 +56,8 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context, const v1::Reso
   const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
   if (!posted.ok()) return ToGrpc(posted);
   const auto cancel = [&] {
-    (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{RequestId(request->request())});
+    (void)node_->Post(runtime::kAttentionWorker,
+                      attention_worker::Cancel{RequestId(request->request())});
   };
   while (true) {
     const std::optional<TokenEvent> event = queue->Pop(kCancelPoll);
@@ -64,7 +66,8 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context, const v1::Reso
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone or does not read");
     }
     if (!event) continue;
-    if (event->finish_reason == attention_worker::FinishReason::kError) return ToGrpc(event->status);
+    if (event->finish_reason == attention_worker::FinishReason::kError)
+      return ToGrpc(event->status);
     v1::WorkerToken token;
     token.set_token_index(event->index);
     token.set_has_token(event->token >= 0);
@@ -92,19 +95,25 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
   submit.request = RequestId(request->request());
   submit.prompt.assign(request->prompt().begin(), request->prompt().end());
   submit.top_n = static_cast<uint32_t>(request->top());
-  submit.on_score = [queue](const attention_worker::ScoreEvent& event) { queue->Push(Step{event, std::nullopt}); };
-  submit.on_token = [queue](const attention_worker::TokenEvent& event) { queue->Push(Step{std::nullopt, event}); };
+  submit.on_score = [queue](const attention_worker::ScoreEvent& event) {
+    queue->Push(Step{event, std::nullopt});
+  };
+  submit.on_token = [queue](const attention_worker::TokenEvent& event) {
+    queue->Push(Step{std::nullopt, event});
+  };
   const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
   if (!posted.ok()) return ToGrpc(posted);
   while (true) {
     const std::optional<Step> step = queue->Pop(kCancelPoll);
     if (context->IsCancelled() || queue->overflowed()) {
-      (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{RequestId(request->request())});
+      (void)node_->Post(runtime::kAttentionWorker,
+                        attention_worker::Cancel{RequestId(request->request())});
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
     }
     if (!step) continue;
     if (step->end) {
-      if (step->end->finish_reason == attention_worker::FinishReason::kError) return ToGrpc(step->end->status);
+      if (step->end->finish_reason == attention_worker::FinishReason::kError)
+        return ToGrpc(step->end->status);
       if (reply->positions_size() < request->prompt_size()) continue;
       return grpc::Status::OK;
     }
@@ -117,18 +126,20 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
   }
 }
 
-absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(const ServiceFlags& flags) {
+absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
+    const ServiceFlags& flags) {
   std::unique_ptr<AttentionProcess> process(new AttentionProcess());
   ASSIGN_OR_RETURN(process->host_, OpenModel(flags.model));
   const ModelHost& host = *process->host_;
   ASSIGN_OR_RETURN(model::AttentionWorkerWeights weights,
                    model::LoadAttentionWorkerWeights(*host.checkpoint, host.config));
-  RETURN_IF_ERROR(model::VerifyTensors(host.manifest, *host.checkpoint, weights.storage.tensor_names()));
+  RETURN_IF_ERROR(
+      model::VerifyTensors(host.manifest, *host.checkpoint, weights.storage.tensor_names()));
   process->weights_ = std::make_unique<model::AttentionWorkerWeights>(std::move(weights));
   process->attention_backend_ = MakeBackend(flags.threads);
   process->router_backend_ = MakeBackend(1);
-  ASSIGN_OR_RETURN(process->data_, DataNode::Open(host, *process->attention_backend_, flags.data_address,
-                                                  wire::NodeRole::kAttention));
+  ASSIGN_OR_RETURN(process->data_, DataNode::Open(host, *process->attention_backend_,
+                                                  flags.data_address, wire::NodeRole::kAttention));
   runtime::Node& node = process->data_->node();
 
   attention_worker::AttentionOptions options;
@@ -141,21 +152,23 @@ absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(const 
   options.sampled_vocab = host.sampled_vocab();
   RETURN_IF_ERROR(attention_worker::ValidateOptions(host.config, options));
   auto attention = std::make_unique<attention_worker::AttentionActor>(
-      attention_worker::AttentionModel{&host.config, process->weights_.get(), process->attention_backend_.get(),
-                                       host.tokenizer.get()},
+      attention_worker::AttentionModel{&host.config, process->weights_.get(),
+                                       process->attention_backend_.get(), host.tokenizer.get()},
       options);
   process->actor_ = attention.get();
   auto router = std::make_unique<router::RouterActor>(
-      MakeRouterOptions(host.config, *process->weights_, kMaxStepRows), process->router_backend_.get());
+      MakeRouterOptions(host.config, *process->weights_, kMaxStepRows),
+      process->router_backend_.get());
   process->router_counters_ = router->counters();
   node.AddActor(runtime::kAttentionWorker, std::move(attention));
   node.AddActor(runtime::kRouter, std::move(router));
   process->data_->Start();
 
   process->rpc_ = std::make_unique<AttentionRpc>(&node);
-  process->status_ = std::make_unique<StatusServiceImpl>("attention", node.id().value(),
-                                                         [raw = process.get()] { return raw->ReadCounters(); });
-  ASSIGN_OR_RETURN(process->server_, StartServer(flags.listen, {process->rpc_.get(), process->status_.get()}));
+  process->status_ = std::make_unique<StatusServiceImpl>(
+      "attention", node.id().value(), [raw = process.get()] { return raw->ReadCounters(); });
+  ASSIGN_OR_RETURN(process->server_,
+                   StartServer(flags.listen, {process->rpc_.get(), process->status_.get()}));
   v1::Worker self;
   self.set_node(node.id().value());
   self.set_incarnation(node.incarnation().value());
@@ -166,7 +179,8 @@ absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(const 
   self.set_numerics(process->attention_backend_->NumericsName());
   process->controller_ = std::make_unique<ControllerClient>(
       flags.controller, flags.listen, self,
-      ControllerClient::Handlers{nullptr, [raw = process.get()](const v1::ClusterView& view) { raw->OnView(view); }});
+      ControllerClient::Handlers{
+          nullptr, [raw = process.get()](const v1::ClusterView& view) { raw->OnView(view); }});
   RETURN_IF_ERROR(PublishAddress(flags.port_file, process->server_.address));
   return process;
 }
@@ -180,14 +194,16 @@ void AttentionProcess::OnView(const v1::ClusterView& view) {
         static_cast<uint32_t>(host_->config.n_routed_experts));
     for (const v1::ExpertHost& expert_host : view.hosts()) {
       const NodeId node(expert_host.node());
-      placement->AddPeer({node, Incarnation(expert_host.incarnation()), expert_host.data_address()});
+      placement->AddPeer(
+          {node, Incarnation(expert_host.incarnation()), expert_host.data_address()});
       for (const v1::LayerExperts& layer : expert_host.experts()) {
         for (uint32_t expert : layer.experts()) {
           if (layer.layer() >= placement->layers() || expert >= placement->experts_per_layer()) {
             LOG_ERROR("placement names an expert that this model does not have");
             return;
           }
-          placement->AddReplica(LayerId(layer.layer()), ExpertId(expert), {node, runtime::kExpertWorker});
+          placement->AddReplica(LayerId(layer.layer()), ExpertId(expert),
+                                {node, runtime::kExpertWorker});
         }
       }
     }

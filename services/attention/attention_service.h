@@ -1,7 +1,7 @@
 #pragma once
 
-// One attention worker process: model, node with the attention actor and its router, AttentionService, controller
-// client.
+// One attention worker process: model, node with the attention actor and its router,
+// AttentionService, controller client.
 
 #include <atomic>
 #include <memory>
@@ -20,13 +20,15 @@
 
 namespace moebius::services {
 
-// gRPC to actor messages and back. A thread per stream, bounded by the gateway's limit of requests in flight.
+// gRPC to actor messages and back. A thread per stream, bounded by the gateway's limit of requests
+// in flight.
 class AttentionRpc final : public v1::AttentionService::Service {
  public:
   explicit AttentionRpc(runtime::Node* node) : node_(node) {}
   grpc::Status Generate(grpc::ServerContext* context, const v1::ResolvedRequest* request,
                         grpc::ServerWriter<v1::WorkerToken>* writer) override;
-  grpc::Status Score(grpc::ServerContext* context, const v1::ResolvedScore* request, v1::ScoreReply* reply) override;
+  grpc::Status Score(grpc::ServerContext* context, const v1::ResolvedScore* request,
+                     v1::ScoreReply* reply) override;
 
  private:
   runtime::Node* const node_;

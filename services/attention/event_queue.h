@@ -1,7 +1,8 @@
 #pragma once
 
-// From the node's loop (which must never block) to the thread of one request's stream. Bounded: a client that does
-// not read fills it, and its request is then cancelled by the reader's side rather than slowing the loop.
+// From the node's loop (which must never block) to the thread of one request's stream. Bounded: a
+// client that does not read fills it, and its request is then cancelled by the reader's side rather
+// than slowing the loop.
 
 #include <condition_variable>
 #include <deque>

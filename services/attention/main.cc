@@ -1,4 +1,5 @@
-// moebius-attention: attention, dense layers, latent cache, scheduling and sampling, with a router aboard.
+// moebius-attention: attention, dense layers, latent cache, scheduling and sampling, with a router
+// aboard.
 
 #include "absl/strings/str_cat.h"
 #include "base/log.h"

@@ -12,9 +12,11 @@ constexpr std::chrono::milliseconds kRenewEvery(250);
 constexpr std::chrono::milliseconds kRetryEvery(200);
 }  // namespace
 
-ControllerClient::ControllerClient(const std::string& address, const ListenOptions& credentials, v1::Worker self,
-                                   Handlers handlers)
-    : stub_(v1::Control::NewStub(MakeChannel(address, credentials))), handlers_(std::move(handlers)), self_(std::move(self)) {
+ControllerClient::ControllerClient(const std::string& address, const ListenOptions& credentials,
+                                   v1::Worker self, Handlers handlers)
+    : stub_(v1::Control::NewStub(MakeChannel(address, credentials))),
+      handlers_(std::move(handlers)),
+      self_(std::move(self)) {
   if (self_.node() != 0) renew_thread_ = std::thread([this] { RenewLoop(); });
   if (handlers_.on_order) order_thread_ = std::thread([this] { OrderLoop(); });
   if (handlers_.on_view) watch_thread_ = std::thread([this] { WatchLoop(); });
@@ -77,7 +79,8 @@ void ControllerClient::RenewLoop() {
       const v1::HostOrder& order = reply.order();
       const bool newer_term = order.term() > term_;
       if (newer_term) {
-        // A new controller numbers its operations afresh; what we hold is compared when its order is carried out.
+        // A new controller numbers its operations afresh; what we hold is compared when its order
+        // is carried out.
         term_ = order.term();
         operation_done_ = 0;
       }
@@ -89,7 +92,8 @@ void ControllerClient::RenewLoop() {
       }
     } else if (!reported) {
       reported = true;
-      LOG_WARNING(absl::StrCat("controller: ", status.error_message(), "; going on with what is in force"));
+      LOG_WARNING(
+          absl::StrCat("controller: ", status.error_message(), "; going on with what is in force"));
     }
     wake_.wait_for(lock, kRenewEvery, [this] { return stopping_ || renew_now_; });
   }
@@ -104,7 +108,8 @@ void ControllerClient::OrderLoop() {
     lock.unlock();
     const absl::Status status = handlers_.on_order(order);
     lock.lock();
-    if (order_.operation_id() == order.operation_id() && order_.term() == order.term()) order_waiting_ = false;
+    if (order_.operation_id() == order.operation_id() && order_.term() == order.term())
+      order_waiting_ = false;
     if (status.ok()) {
       if (order.term() == term_) operation_done_ = order.operation_id();
       renew_now_ = true;

@@ -1,8 +1,9 @@
 #pragma once
 
-// A worker's side of the Control service: renews the lease and carries the controller's orders, and watches the
-// cluster. Both run on threads of their own and go on for ever: a controller that is away is retried, and what the
-// worker last heard stays in force meanwhile (the data plane does not need the controller).
+// A worker's side of the Control service: renews the lease and carries the controller's orders, and
+// watches the cluster. Both run on threads of their own and go on for ever: a controller that is
+// away is retried, and what the worker last heard stays in force meanwhile (the data plane does not
+// need the controller).
 
 #include <atomic>
 #include <condition_variable>
@@ -19,14 +20,16 @@ namespace moebius::services {
 
 class ControllerClient {
  public:
-  // `on_order` runs on the renewing thread for each new order (may take long: renewals go on from another thread);
-  // when it returns OK the order counts as carried out. `on_view` runs on the watching thread.
+  // `on_order` runs on the renewing thread for each new order (may take long: renewals go on from
+  // another thread); when it returns OK the order counts as carried out. `on_view` runs on the
+  // watching thread.
   struct Handlers {
     std::function<absl::Status(const v1::HostOrder&)> on_order;
     std::function<void(const v1::ClusterView&)> on_view;
   };
   // `self.node() == 0`: watch only (a gateway).
-  ControllerClient(const std::string& address, const ListenOptions& credentials, v1::Worker self, Handlers handlers);
+  ControllerClient(const std::string& address, const ListenOptions& credentials, v1::Worker self,
+                   Handlers handlers);
   ~ControllerClient();
 
   void SetReady(bool ready);

@@ -1,6 +1,7 @@
 #pragma once
 
-// A node on the network: buffer pool, UCX transport, clock and loop thread in the order in which they must die.
+// A node on the network: buffer pool, UCX transport, clock and loop thread in the order in which
+// they must die.
 
 #include <cstdint>
 #include <memory>
@@ -18,8 +19,10 @@ namespace moebius::services {
 class DataNode {
  public:
   // Listens on `address`; the loop does not run yet: add actors, then Start.
-  static absl::StatusOr<std::unique_ptr<DataNode>> Open(const ModelHost& host, const kernels::Backend& backend,
-                                                        const std::string& address, wire::NodeRole role);
+  static absl::StatusOr<std::unique_ptr<DataNode>> Open(const ModelHost& host,
+                                                        const kernels::Backend& backend,
+                                                        const std::string& address,
+                                                        wire::NodeRole role);
   ~DataNode();
   runtime::Node& node() { return *node_; }
   const std::string& address() const { return address_; }

@@ -1,7 +1,7 @@
 #pragma once
 
-// Command-line flags shared by the service binaries, parsed once, strictly: an unknown flag or a bad value ends the
-// process with a message and exit code 2.
+// Command-line flags shared by the service binaries, parsed once, strictly: an unknown flag or a
+// bad value ends the process with a message and exit code 2.
 
 #include <cstdint>
 #include <string>
@@ -11,11 +11,11 @@
 namespace moebius::services {
 
 struct ServiceFlags {
-  std::string model;           // directory
-  std::string controller;      // gRPC address; empty for the controller itself
+  std::string model;       // directory
+  std::string controller;  // gRPC address; empty for the controller itself
   std::string data_address = "127.0.0.1:0";
   ListenOptions listen;
-  std::string port_file;       // where to write the gRPC address once serving
+  std::string port_file;  // where to write the gRPC address once serving
   std::string log_level = "info";
   int threads = 1;
   // Attention.

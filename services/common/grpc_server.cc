@@ -39,22 +39,27 @@ RunningServer::RunningServer(RunningServer&&) noexcept = default;
 RunningServer& RunningServer::operator=(RunningServer&&) noexcept = default;
 RunningServer::~RunningServer() = default;
 
-void RunningServer::SetServing(bool serving) { server->GetHealthCheckService()->SetServingStatus(serving); }
+void RunningServer::SetServing(bool serving) {
+  server->GetHealthCheckService()->SetServingStatus(serving);
+}
 
 absl::Status CheckBindPolicy(const ListenOptions& options) {
-  const bool some = !options.tls_cert.empty() || !options.tls_key.empty() || !options.tls_ca.empty();
+  const bool some =
+      !options.tls_cert.empty() || !options.tls_key.empty() || !options.tls_ca.empty();
   const bool all = !options.tls_cert.empty() && !options.tls_key.empty() && !options.tls_ca.empty();
   if (some && !all) {
     return absl::InvalidArgumentError("--tls-cert, --tls-key and --tls-ca go together");
   }
   if (!IsLoopback(options.address) && !all && !options.insecure) {
     return absl::FailedPreconditionError(
-        absl::StrCat("address ", options.address, " is not loopback: give --tls-cert, --tls-key and --tls-ca, or --insecure"));
+        absl::StrCat("address ", options.address,
+                     " is not loopback: give --tls-cert, --tls-key and --tls-ca, or --insecure"));
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<RunningServer> StartServer(const ListenOptions& options, const std::vector<grpc::Service*>& services) {
+absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
+                                          const std::vector<grpc::Service*>& services) {
   RETURN_IF_ERROR(CheckBindPolicy(options));
   static const bool plugins = [] {
     grpc::EnableDefaultHealthCheckService(true);
@@ -65,7 +70,8 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options, const st
   std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
   if (HasTls(options)) {
     ASSIGN_OR_RETURN(const Pem pem, ReadPem(options));
-    grpc::SslServerCredentialsOptions ssl(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+    grpc::SslServerCredentialsOptions ssl(
+        GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
     ssl.pem_root_certs = pem.ca;
     ssl.pem_key_cert_pairs.push_back({pem.key, pem.cert});
     credentials = grpc::SslServerCredentials(ssl);
@@ -87,7 +93,8 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options, const st
   return running;
 }
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const ListenOptions& options) {
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
+                                           const ListenOptions& options) {
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
   if (HasTls(options)) {
     if (absl::StatusOr<Pem> pem = ReadPem(options); pem.ok()) {

@@ -1,6 +1,7 @@
 #pragma once
 
-// How every process of ours listens: loopback unless told otherwise, and then only with TLS or an explicit
+// How every process of ours listens: loopback unless told otherwise, and then only with TLS or an
+// explicit
 // --insecure. Health (grpc.health.v1) and reflection are always on.
 
 #include <memory>
@@ -40,9 +41,11 @@ struct RunningServer {
 };
 
 // Serves `services` (borrowed until the server is shut down).
-absl::StatusOr<RunningServer> StartServer(const ListenOptions& options, const std::vector<grpc::Service*>& services);
+absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
+                                          const std::vector<grpc::Service*>& services);
 
 // A channel to a peer under the same credentials.
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const ListenOptions& options);
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
+                                           const ListenOptions& options);
 
 }  // namespace moebius::services

@@ -27,10 +27,11 @@ absl::StatusOr<std::unique_ptr<LocalEngine>> LocalEngine::Open(const std::string
       MakeBufferClasses(host.config, kMaxStepRows, static_cast<uint32_t>(options.experts)));
   engine->transport_ = std::make_unique<runtime::LocalTransport>();
   runtime::NodeOptions node_options;
-  node_options.identity =
-      MakeIdentity(host, *attention_backend, FreshNodeId(), FreshIncarnation(), wire::NodeRole::kAttention);
+  node_options.identity = MakeIdentity(host, *attention_backend, FreshNodeId(), FreshIncarnation(),
+                                       wire::NodeRole::kAttention);
   node_options.compute_threads = 2;
-  engine->node_ = std::make_unique<runtime::Node>(node_options, *engine->transport_, engine->clock_, *engine->pool_);
+  engine->node_ = std::make_unique<runtime::Node>(node_options, *engine->transport_, engine->clock_,
+                                                  *engine->pool_);
   runtime::Node& node = *engine->node_;
 
   attention_worker::AttentionOptions attention;
@@ -40,27 +41,32 @@ absl::StatusOr<std::unique_ptr<LocalEngine>> LocalEngine::Open(const std::string
   attention.prefill_chunk = options.prefill_chunk;
   attention.max_running = options.max_running;
   const int64_t one_sequence = (host.config.max_position_embeddings + 63) / 64;
-  attention.num_blocks =
-      options.num_blocks > 0 ? options.num_blocks : static_cast<int32_t>(std::clamp<int64_t>(one_sequence, 64, 4096));
+  attention.num_blocks = options.num_blocks > 0
+                             ? options.num_blocks
+                             : static_cast<int32_t>(std::clamp<int64_t>(one_sequence, 64, 4096));
   attention.sampled_vocab = host.sampled_vocab();
   RETURN_IF_ERROR(attention_worker::ValidateOptions(host.config, attention));
   auto actor = std::make_unique<attention_worker::AttentionActor>(
-      attention_worker::AttentionModel{&host.config, engine->weights_.get(), attention_backend, host.tokenizer.get()},
+      attention_worker::AttentionModel{&host.config, engine->weights_.get(), attention_backend,
+                                       host.tokenizer.get()},
       attention);
   engine->attention_ = actor.get();
   node.AddActor(runtime::kAttentionWorker, std::move(actor));
-  node.AddActor(runtime::kRouter, std::make_unique<router::RouterActor>(
-                                      MakeRouterOptions(host.config, *engine->weights_, kMaxStepRows), backend(1)));
+  node.AddActor(runtime::kRouter,
+                std::make_unique<router::RouterActor>(
+                    MakeRouterOptions(host.config, *engine->weights_, kMaxStepRows), backend(1)));
   const auto expert_actor = [&](int worker) {
     return ActorId(static_cast<uint16_t>(runtime::kExpertWorker.value() + worker));
   };
   for (int worker = 0; worker < options.experts; ++worker) {
-    node.AddActor(expert_actor(worker), std::make_unique<expert_worker::ExpertActor>(
-                                            MakeExpertOptions(host.config, kMaxStepRows), backend(1)));
+    node.AddActor(expert_actor(worker),
+                  std::make_unique<expert_worker::ExpertActor>(
+                      MakeExpertOptions(host.config, kMaxStepRows), backend(1)));
   }
   // Experts are dealt out one by one: any number of workers, and gate groups are split on purpose.
-  auto placement = std::make_shared<router::Placement>(Epoch(1), static_cast<uint32_t>(host.config.total_layers()),
-                                                       static_cast<uint32_t>(host.config.n_routed_experts));
+  auto placement = std::make_shared<router::Placement>(
+      Epoch(1), static_cast<uint32_t>(host.config.total_layers()),
+      static_cast<uint32_t>(host.config.n_routed_experts));
   for (int64_t l = 0; l < host.config.num_hidden_layers; ++l) {
     if (!host.config.is_moe_layer(l)) continue;
     const LayerId layer(static_cast<uint32_t>(l));
@@ -88,7 +94,8 @@ LocalEngine::~LocalEngine() {
 }
 
 absl::StatusOr<GenerationResult> LocalEngine::Generate(
-    attention_worker::Submit request, std::function<void(const attention_worker::TokenEvent&)> on_token) {
+    attention_worker::Submit request,
+    std::function<void(const attention_worker::TokenEvent&)> on_token) {
   using attention_worker::FinishReason;
   using attention_worker::TokenEvent;
   struct Shared {
@@ -115,7 +122,8 @@ absl::StatusOr<GenerationResult> LocalEngine::Generate(
   return std::move(shared->result);
 }
 
-absl::StatusOr<std::vector<attention_worker::ScoreEvent>> LocalEngine::Score(std::vector<TokenId> ids, uint32_t top) {
+absl::StatusOr<std::vector<attention_worker::ScoreEvent>> LocalEngine::Score(
+    std::vector<TokenId> ids, uint32_t top) {
   struct Shared {
     std::vector<attention_worker::ScoreEvent> scores;
     absl::Status status;

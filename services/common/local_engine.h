@@ -1,7 +1,8 @@
 #pragma once
 
-// A whole cluster in one process and one node: the same actors as in separate processes, frames handed over in
-// memory. Behind `moebius generate|chat|score` without --address, and the yardstick of the real cluster.
+// A whole cluster in one process and one node: the same actors as in separate processes, frames
+// handed over in memory. Behind `moebius generate|chat|score` without --address, and the yardstick
+// of the real cluster.
 //
 // Threading: Generate and Score may be called from several threads at once.
 
@@ -42,10 +43,13 @@ class LocalEngine {
                                                            const LocalEngineOptions& options);
   ~LocalEngine();
 
-  // Fills in the request number. `on_token` (may be empty) runs on the loop thread and must not block.
-  absl::StatusOr<GenerationResult> Generate(attention_worker::Submit request,
-                                            std::function<void(const attention_worker::TokenEvent&)> on_token);
-  absl::StatusOr<std::vector<attention_worker::ScoreEvent>> Score(std::vector<TokenId> ids, uint32_t top);
+  // Fills in the request number. `on_token` (may be empty) runs on the loop thread and must not
+  // block.
+  absl::StatusOr<GenerationResult> Generate(
+      attention_worker::Submit request,
+      std::function<void(const attention_worker::TokenEvent&)> on_token);
+  absl::StatusOr<std::vector<attention_worker::ScoreEvent>> Score(std::vector<TokenId> ids,
+                                                                  uint32_t top);
 
   const ModelHost& host() const { return *host_; }
   attention_worker::AttentionCounters counters() const { return attention_->counters(); }

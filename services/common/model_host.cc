@@ -24,8 +24,9 @@ kernels::GateConfig MakeGateConfig(const model::ModelConfig& config) {
   gate.num_experts_per_tok = static_cast<int32_t>(config.num_experts_per_tok);
   gate.n_group = static_cast<int32_t>(config.n_group);
   gate.topk_group = static_cast<int32_t>(config.topk_group);
-  gate.scoring_func = config.scoring_func == model::ScoringFunc::kSigmoid ? kernels::ScoringFunc::kSigmoid
-                                                                         : kernels::ScoringFunc::kSoftmax;
+  gate.scoring_func = config.scoring_func == model::ScoringFunc::kSigmoid
+                          ? kernels::ScoringFunc::kSigmoid
+                          : kernels::ScoringFunc::kSoftmax;
   switch (config.topk_method) {
     case model::TopkMethod::kGreedy:
       gate.topk_method = kernels::TopkMethod::kGreedy;
@@ -45,7 +46,8 @@ kernels::GateConfig MakeGateConfig(const model::ModelConfig& config) {
 }  // namespace
 
 int64_t ModelHost::sampled_vocab() const {
-  return tokenizer != nullptr ? std::min(tokenizer->id_limit(), config.vocab_size) : config.vocab_size;
+  return tokenizer != nullptr ? std::min(tokenizer->id_limit(), config.vocab_size)
+                              : config.vocab_size;
 }
 
 absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir) {
@@ -75,14 +77,15 @@ std::unique_ptr<kernels::Backend> MakeBackend(int threads) {
   return *std::move(backend);
 }
 
-runtime::SessionIdentity MakeIdentity(const ModelHost& host, const kernels::Backend& backend, uint64_t node,
-                                      uint64_t incarnation, wire::NodeRole role) {
+runtime::SessionIdentity MakeIdentity(const ModelHost& host, const kernels::Backend& backend,
+                                      uint64_t node, uint64_t incarnation, wire::NodeRole role) {
   runtime::SessionIdentity identity;
   identity.node = NodeId(node);
   identity.incarnation = Incarnation(incarnation);
   identity.role = role;
   identity.model_digest = host.manifest.digest;
-  const std::string numerics = absl::StrCat(backend.NumericsName(), "/", model::Name(host.config.wire_dtype()));
+  const std::string numerics =
+      absl::StrCat(backend.NumericsName(), "/", model::Name(host.config.wire_dtype()));
   identity.numerics_class = Hash64(numerics.data(), numerics.size());
   return identity;
 }
@@ -98,7 +101,8 @@ wire::RowLimits MakeRowLimits(const model::ModelConfig& config, uint32_t max_row
   return limits;
 }
 
-router::RouterOptions MakeRouterOptions(const model::ModelConfig& config, const model::AttentionWorkerWeights& weights,
+router::RouterOptions MakeRouterOptions(const model::ModelConfig& config,
+                                        const model::AttentionWorkerWeights& weights,
                                         uint32_t max_rows) {
   router::RouterOptions options;
   options.limits = MakeRowLimits(config, max_rows);
@@ -108,13 +112,16 @@ router::RouterOptions MakeRouterOptions(const model::ModelConfig& config, const 
     if (!layer.moe) continue;
     router::GateWeights& gate = options.layers[layer.layer.value()];
     gate.gate = layer.moe->gate;
-    gate.bias = layer.moe->e_score_correction_bias.empty() ? nullptr : layer.moe->e_score_correction_bias.data();
+    gate.bias = layer.moe->e_score_correction_bias.empty()
+                    ? nullptr
+                    : layer.moe->e_score_correction_bias.data();
   }
   options.max_rows_per_frame = 64;
   return options;
 }
 
-expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config, uint32_t max_rows) {
+expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config,
+                                               uint32_t max_rows) {
   expert_worker::ExpertOptions options;
   options.limits = MakeRowLimits(config, max_rows);
   options.intermediate = config.moe_intermediate_size;
@@ -122,22 +129,24 @@ expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config,
   return options;
 }
 
-std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config, uint32_t max_rows,
-                                                    uint32_t peers) {
+std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config,
+                                                    uint32_t max_rows, uint32_t peers) {
   const wire::RowLimits limits = MakeRowLimits(config, max_rows);
   const uint64_t rows_per_frame = 64;
   const uint64_t combine = wire::CombineBytes(limits, rows_per_frame * limits.top_k);
-  const uint64_t dispatch = wire::LayoutOfDispatch(limits, rows_per_frame, rows_per_frame * limits.top_k).total_bytes;
+  const uint64_t dispatch =
+      wire::LayoutOfDispatch(limits, rows_per_frame, rows_per_frame * limits.top_k).total_bytes;
   const uint64_t frame = std::max(combine, dispatch);
   const uint64_t route = uint64_t{max_rows} * limits.hidden * 2;
   std::vector<runtime::BufferClass> classes;
   classes.push_back({4096, std::max(64u, 4 * peers) + 256});
-  // Frames of a step split over peers: each peer's share of each 64-row frame, asked and answered, twice over for
-  // hedges and retries.
+  // Frames of a step split over peers: each peer's share of each 64-row frame, asked and answered,
+  // twice over for hedges and retries.
   const uint32_t frames = 2 * (max_rows / 64 + 1) * 2 * std::min(peers, 16u);
   classes.push_back({frame, std::max(32u, frames)});
   if (route > frame) classes.push_back({route, 8});
-  std::erase_if(classes, [&](const runtime::BufferClass& c) { return &c != &classes[0] && c.bytes <= 4096; });
+  std::erase_if(
+      classes, [&](const runtime::BufferClass& c) { return &c != &classes[0] && c.bytes <= 4096; });
   return classes;
 }
 
@@ -150,19 +159,23 @@ absl::StatusOr<expert_worker::HostExperts> LoadExperts(const ModelHost& host, La
   auto shards = std::make_shared<std::vector<model::ExpertShard>>();
   expert_worker::HostExperts order;
   for (ExpertId expert : experts) {
-    ASSIGN_OR_RETURN(model::ExpertShard shard, model::LoadExpertShard(*host.checkpoint, host.config, layer, expert));
-    RETURN_IF_ERROR(model::VerifyTensors(host.manifest, *host.checkpoint, shard.storage.tensor_names()));
+    ASSIGN_OR_RETURN(model::ExpertShard shard,
+                     model::LoadExpertShard(*host.checkpoint, host.config, layer, expert));
+    RETURN_IF_ERROR(
+        model::VerifyTensors(host.manifest, *host.checkpoint, shard.storage.tensor_names()));
     shards->push_back(std::move(shard));
   }
   for (const model::ExpertShard& shard : *shards) {
-    order.experts.push_back(expert_worker::HostedExpert{shard.layer, shard.expert, ToKernelWeights(shard.weights)});
+    order.experts.push_back(
+        expert_worker::HostedExpert{shard.layer, shard.expert, ToKernelWeights(shard.weights)});
   }
   order.owner = shards;
   return order;
 }
 
 uint64_t FreshIncarnation() {
-  // Wall clock in nanoseconds: later starts have larger numbers, across machines that know the time roughly.
+  // Wall clock in nanoseconds: later starts have larger numbers, across machines that know the time
+  // roughly.
   return static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
 }
 

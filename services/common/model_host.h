@@ -1,7 +1,7 @@
 #pragma once
 
-// A model directory opened for serving: configuration, checkpoint, digest, tokenizer, and the limits that every
-// role derives from them.
+// A model directory opened for serving: configuration, checkpoint, digest, tokenizer, and the
+// limits that every role derives from them.
 
 #include <memory>
 #include <optional>
@@ -43,20 +43,23 @@ absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir);
 std::unique_ptr<kernels::Backend> MakeBackend(int threads);
 
 // What peers must agree on before they exchange a row.
-runtime::SessionIdentity MakeIdentity(const ModelHost& host, const kernels::Backend& backend, uint64_t node,
-                                      uint64_t incarnation, wire::NodeRole role);
+runtime::SessionIdentity MakeIdentity(const ModelHost& host, const kernels::Backend& backend,
+                                      uint64_t node, uint64_t incarnation, wire::NodeRole role);
 
 wire::RowLimits MakeRowLimits(const model::ModelConfig& config, uint32_t max_rows);
-router::RouterOptions MakeRouterOptions(const model::ModelConfig& config, const model::AttentionWorkerWeights& weights,
+router::RouterOptions MakeRouterOptions(const model::ModelConfig& config,
+                                        const model::AttentionWorkerWeights& weights,
                                         uint32_t max_rows);
 expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config, uint32_t max_rows);
 
-// Payload buffers of one node. `peers`: expert workers that may answer at once. The sum, per size class:
+// Payload buffers of one node. `peers`: expert workers that may answer at once. The sum, per size
+// class:
 //   small   handshakes, heartbeats, refusals: 4 a peer, 64 at least
-//   frames  the largest dispatch or combine frame, and the attention worker's request and answer (they fit too):
+//   frames  the largest dispatch or combine frame, and the attention worker's request and answer
+//   (they fit too):
 //           credits of 8 peers in flight, and what a round holds until its sum is taken
-std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config, uint32_t max_rows,
-                                                    uint32_t peers);
+std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config,
+                                                    uint32_t max_rows, uint32_t peers);
 
 // Rows of one step, and so of one route request, in every role. Part of what a cluster agrees on.
 inline constexpr uint32_t kMaxStepRows = 512;

@@ -1,6 +1,7 @@
 #pragma once
 
-// What every service process does around its work: signals, and telling its starter where it listens.
+// What every service process does around its work: signals, and telling its starter where it
+// listens.
 
 #include <string>
 
@@ -8,11 +9,12 @@
 
 namespace moebius::services {
 
-// Call first in main(), before any thread starts: SIGTERM and SIGINT are blocked everywhere and taken by
-// WaitForStop alone; SIGPIPE is ignored.
+// Call first in main(), before any thread starts: SIGTERM and SIGINT are blocked everywhere and
+// taken by WaitForStop alone; SIGPIPE is ignored.
 void BlockStopSignals();
 
-// Blocks until SIGTERM or SIGINT. A second one during the drain that follows ends the process at once (exit 130).
+// Blocks until SIGTERM or SIGINT. A second one during the drain that follows ends the process at
+// once (exit 130).
 void WaitForStop();
 
 // True once WaitForStop has returned somewhere (polled by loops that must end).

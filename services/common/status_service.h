@@ -15,7 +15,8 @@ class StatusServiceImpl final : public v1::StatusService::Service {
   using Counters = std::map<std::string, uint64_t>;
   StatusServiceImpl(std::string role, uint64_t node, std::function<Counters()> read)
       : role_(std::move(role)), node_(node), read_(std::move(read)) {}
-  grpc::Status Status(grpc::ServerContext*, const v1::StatusRequest*, v1::StatusReply* reply) override {
+  grpc::Status Status(grpc::ServerContext*, const v1::StatusRequest*,
+                      v1::StatusReply* reply) override {
     reply->set_role(role_);
     reply->set_node(node_);
     for (const auto& [name, value] : read_()) {

@@ -11,8 +11,9 @@ absl::Status ClusterState::Renew(const WorkerRecord& report, int64_t now_ms) {
     return absl::InvalidArgumentError("worker: node and incarnation must not be 0");
   }
   if (report.model_digest != options_.model_digest) {
-    return absl::FailedPreconditionError(absl::StrCat("worker ", report.node, " serves model ", report.model_digest,
-                                                      ", this cluster ", options_.model_digest));
+    return absl::FailedPreconditionError(absl::StrCat("worker ", report.node, " serves model ",
+                                                      report.model_digest, ", this cluster ",
+                                                      options_.model_digest));
   }
   auto [it, added] = workers_.try_emplace(report.node, report);
   WorkerRecord& worker = it->second;
@@ -54,7 +55,8 @@ void ClusterState::Plan(const std::vector<uint64_t>& nodes) {
   }
   for (WorkerShare& share : PlanPlacement(options_.plan, nodes, before)) {
     WorkerRecord& worker = workers_.at(share.node);
-    if (worker.operation != 0 && worker.share.experts == share.experts) continue;  // nothing to do there
+    if (worker.operation != 0 && worker.share.experts == share.experts)
+      continue;  // nothing to do there
     worker.share = std::move(share);
     worker.operation = next_operation_++;
   }
@@ -78,13 +80,16 @@ bool ClusterState::Tick(int64_t now_ms) {
   std::vector<std::pair<uint64_t, uint64_t>> wanted;
   for (uint64_t node : nodes) wanted.emplace_back(node, workers_.at(node).incarnation);
   const bool enough = nodes.size() >= options_.expected_experts || epoch_ > 0;
-  const bool settled = now_ms - changed_at_ms_ >= options_.settle_ms || nodes.size() == options_.expected_experts;
+  const bool settled =
+      now_ms - changed_at_ms_ >= options_.settle_ms || nodes.size() == options_.expected_experts;
   if (!nodes.empty() && enough && settled && wanted != planned_for_) Plan(nodes);
   if (plan_pending_) {
-    const bool all_done = std::all_of(planned_for_.begin(), planned_for_.end(), [&](const auto& entry) {
-      const WorkerRecord* worker = Find(entry.first);
-      return worker != nullptr && worker->incarnation == entry.second && worker->operation_done >= worker->operation;
-    });
+    const bool all_done =
+        std::all_of(planned_for_.begin(), planned_for_.end(), [&](const auto& entry) {
+          const WorkerRecord* worker = Find(entry.first);
+          return worker != nullptr && worker->incarnation == entry.second &&
+                 worker->operation_done >= worker->operation;
+        });
     if (all_done) {
       published_.clear();
       for (const auto& [node, incarnation] : planned_for_) {

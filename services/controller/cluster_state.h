@@ -1,12 +1,14 @@
 #pragma once
 
-// The controller's soft state: who is alive, who should host what, what is hosted. A plain state machine without
-// gRPC, threads or clocks (the caller gives the time), so that it is tested directly.
+// The controller's soft state: who is alive, who should host what, what is hosted. A plain state
+// machine without gRPC, threads or clocks (the caller gives the time), so that it is tested
+// directly.
 //
-// A worker is alive while it renews its lease. Once `expected_experts` expert workers have registered (or the settle
-// time has passed since the last change of them) a placement is planned and each gets an order; when all have
-// carried theirs out the placement is published under the next epoch. A lapsed or leaving worker is planned away
-// from; what is published stays published until the next placement is ready, so serving never stops for a change.
+// A worker is alive while it renews its lease. Once `expected_experts` expert workers have
+// registered (or the settle time has passed since the last change of them) a placement is planned
+// and each gets an order; when all have carried theirs out the placement is published under the
+// next epoch. A lapsed or leaving worker is planned away from; what is published stays published
+// until the next placement is ready, so serving never stops for a change.
 
 #include <cstdint>
 #include <map>
@@ -77,7 +79,8 @@ class ClusterState {
 
   const ClusterOptions options_;
   std::map<uint64_t, WorkerRecord> workers_;
-  std::vector<std::pair<uint64_t, uint64_t>> planned_for_;  // (node, incarnation) of the plan in force
+  std::vector<std::pair<uint64_t, uint64_t>>
+      planned_for_;  // (node, incarnation) of the plan in force
   std::vector<PublishedHost> published_;
   bool plan_pending_ = false;  // ordered, not yet published
   int64_t changed_at_ms_ = 0;

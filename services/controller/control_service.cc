@@ -12,11 +12,13 @@ namespace {
 constexpr std::chrono::milliseconds kTick(50);
 
 int64_t NowMs() {
-  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::milliseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
-void FillExperts(const WorkerShare& share, google::protobuf::RepeatedPtrField<v1::LayerExperts>* out) {
+void FillExperts(const WorkerShare& share,
+                 google::protobuf::RepeatedPtrField<v1::LayerExperts>* out) {
   for (size_t layer = 0; layer < share.experts.size(); ++layer) {
     if (share.experts[layer].empty()) continue;
     v1::LayerExperts* entry = out->Add();
@@ -27,14 +29,16 @@ void FillExperts(const WorkerShare& share, google::protobuf::RepeatedPtrField<v1
 
 }  // namespace
 
-ControlService::ControlService(ClusterOptions options, uint64_t term) : state_(std::move(options)), term_(term) {
+ControlService::ControlService(ClusterOptions options, uint64_t term)
+    : state_(std::move(options)), term_(term) {
   ticker_ = std::thread([this] {
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_) {
       const uint64_t epoch = state_.epoch();
       if (state_.Tick(NowMs())) changed_.notify_all();
       if (state_.epoch() != epoch) {
-        LOG_INFO(absl::StrCat("placement epoch ", state_.epoch(), " over ", state_.published().size(), " expert workers"));
+        LOG_INFO(absl::StrCat("placement epoch ", state_.epoch(), " over ",
+                              state_.published().size(), " expert workers"));
       }
       changed_.wait_for(lock, kTick, [this] { return stopping_; });
     }
@@ -52,7 +56,8 @@ void ControlService::Stop() {
   if (ticker_.joinable()) ticker_.join();
 }
 
-grpc::Status ControlService::Renew(grpc::ServerContext*, const v1::RenewRequest* request, v1::RenewReply* reply) {
+grpc::Status ControlService::Renew(grpc::ServerContext*, const v1::RenewRequest* request,
+                                   v1::RenewReply* reply) {
   const v1::Worker& worker = request->worker();
   WorkerRecord record;
   record.node = worker.node();
@@ -74,8 +79,8 @@ grpc::Status ControlService::Renew(grpc::ServerContext*, const v1::RenewRequest*
   const absl::Status status = state_.Renew(record, NowMs());
   if (!status.ok()) return ToGrpc(status);
   if (!known) {
-    LOG_INFO(absl::StrCat(record.role == WorkerRole::kExpert ? "expert" : "attention", " worker ", record.node, " at ",
-                          record.data_address));
+    LOG_INFO(absl::StrCat(record.role == WorkerRole::kExpert ? "expert" : "attention", " worker ",
+                          record.node, " at ", record.data_address));
   }
   if (state_.Tick(NowMs()) || state_.version() != before) changed_.notify_all();
   reply->set_lease_ms(static_cast<uint64_t>(state_.lease_ms()));

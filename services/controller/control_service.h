@@ -1,7 +1,7 @@
 #pragma once
 
-// The Control service over ClusterState: one lock, one ticking thread, a condition for watchers. Watch streams hold
-// a server thread each; there are as many as attention workers and gateways.
+// The Control service over ClusterState: one lock, one ticking thread, a condition for watchers.
+// Watch streams hold a server thread each; there are as many as attention workers and gateways.
 
 #include <condition_variable>
 #include <memory>
@@ -19,7 +19,8 @@ class ControlService final : public v1::Control::Service {
   ControlService(ClusterOptions options, uint64_t term);
   ~ControlService() override;
 
-  grpc::Status Renew(grpc::ServerContext* context, const v1::RenewRequest* request, v1::RenewReply* reply) override;
+  grpc::Status Renew(grpc::ServerContext* context, const v1::RenewRequest* request,
+                     v1::RenewReply* reply) override;
   grpc::Status Watch(grpc::ServerContext* context, const v1::WatchRequest* request,
                      grpc::ServerWriter<v1::ClusterView>* writer) override;
 

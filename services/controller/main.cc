@@ -1,4 +1,5 @@
-// moebius-controller: who is alive and who hosts which expert. Holds no state that workers do not report again.
+// moebius-controller: who is alive and who hosts which expert. Holds no state that workers do not
+// report again.
 
 #include <grpcpp/grpcpp.h>
 
@@ -19,7 +20,8 @@ ClusterOptions MakeClusterOptions(const ModelHost& host, const ServiceFlags& fla
     options.plan.moe_layers[static_cast<size_t>(layer)] = host.config.is_moe_layer(layer);
   }
   options.plan.experts_per_layer = static_cast<uint32_t>(host.config.n_routed_experts);
-  options.plan.group_size = static_cast<uint32_t>(host.config.n_routed_experts / host.config.n_group);
+  options.plan.group_size =
+      static_cast<uint32_t>(host.config.n_routed_experts / host.config.n_group);
   options.model_digest = model::ToHex(host.manifest.digest);
   options.expected_experts = flags.expected_experts;
   return options;

@@ -18,7 +18,8 @@ std::vector<WorkerShare> PlanPlacement(const PlanInput& input, absl::Span<const 
   }
   for (size_t layer = 0; layer < layers; ++layer) {
     if (!input.moe_layers[layer]) continue;
-    // Shares differ by at most one expert; who gets the larger ones rotates with the layer, so that bytes even out.
+    // Shares differ by at most one expert; who gets the larger ones rotates with the layer, so that
+    // bytes even out.
     const uint32_t base = input.experts_per_layer / workers;
     const uint32_t extra = input.experts_per_layer % workers;
     std::vector<uint32_t> quota(workers);
@@ -27,8 +28,9 @@ std::vector<WorkerShare> PlanPlacement(const PlanInput& input, absl::Span<const 
     }
     std::vector<bool> placed(input.experts_per_layer, false);
     for (uint32_t w = 0; w < workers; ++w) {
-      const auto old = std::find_if(before.begin(), before.end(),
-                                    [&](const WorkerShare& share) { return share.node == nodes[w]; });
+      const auto old = std::find_if(before.begin(), before.end(), [&](const WorkerShare& share) {
+        return share.node == nodes[w];
+      });
       if (old == before.end() || layer >= old->experts.size()) continue;
       for (uint32_t expert : old->experts[layer]) {
         if (expert >= input.experts_per_layer || placed[expert]) continue;
@@ -37,8 +39,8 @@ std::vector<WorkerShare> PlanPlacement(const PlanInput& input, absl::Span<const 
         placed[expert] = true;
       }
     }
-    // What is left goes group by group to whoever already holds most of that group and has room, else to the one
-    // with the most room; ties to the lower worker.
+    // What is left goes group by group to whoever already holds most of that group and has room,
+    // else to the one with the most room; ties to the lower worker.
     for (uint32_t expert = 0; expert < input.experts_per_layer; ++expert) {
       if (placed[expert]) continue;
       const uint32_t group = expert / input.group_size;
@@ -58,7 +60,8 @@ std::vector<WorkerShare> PlanPlacement(const PlanInput& input, absl::Span<const 
       CHECK_LT(best, workers);  // the quotas sum to the number of experts
       shares[best].experts[layer].push_back(expert);
     }
-    for (WorkerShare& share : shares) std::sort(share.experts[layer].begin(), share.experts[layer].end());
+    for (WorkerShare& share : shares)
+      std::sort(share.experts[layer].begin(), share.experts[layer].end());
   }
   return shares;
 }

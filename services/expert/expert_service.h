@@ -1,6 +1,7 @@
 #pragma once
 
-// One expert worker process: model, backend, node with the expert actor, status server, controller client.
+// One expert worker process: model, backend, node with the expert actor, status server, controller
+// client.
 
 #include <memory>
 #include <set>

@@ -1,11 +1,10 @@
 // moebius-expert: hosts the routed experts that the controller gives it.
 
-
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
-#include "services/expert/expert_service.h"
 #include "services/common/flags.h"
 #include "services/common/process.h"
+#include "services/expert/expert_service.h"
 
 int main(int argc, char** argv) {
   using namespace moebius::services;

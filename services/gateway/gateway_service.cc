@@ -20,7 +20,8 @@ class Gateway::Ticket {
   ~Ticket() {
     std::lock_guard<std::mutex> lock(gateway_.mutex_);
     --gateway_.in_flight_;
-    if (const auto it = gateway_.backends_.find(node_); it != gateway_.backends_.end()) --it->second.in_flight;
+    if (const auto it = gateway_.backends_.find(node_); it != gateway_.backends_.end())
+      --it->second.in_flight;
     gateway_.idle_.notify_all();
   }
   Ticket(const Ticket&) = delete;
@@ -42,14 +43,14 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const ServiceFlags& flag
   gateway->max_in_flight_ = flags.max_in_flight;
   // Request numbers of two gateways, or of one that restarted, must not meet in a worker.
   gateway->next_request_ = FreshNodeId() << 20 | 1;
-  gateway->status_ = std::make_unique<StatusServiceImpl>("gateway", 0, [raw = gateway.get()] {
-    return StatusServiceImpl::Counters{
-        {"requests", raw->requests_.load()}, {"tokens_out", raw->tokens_.load()}, {"refused", raw->refused_.load()}};
-  });
-  ASSIGN_OR_RETURN(gateway->server_, StartServer(flags.listen, {gateway.get(), gateway->status_.get()}));
+  gateway->status_ = std::make_unique<StatusServiceImpl>(
+      "gateway", 0, [raw = gateway.get()] { return raw->ReadCounters(); });
+  ASSIGN_OR_RETURN(gateway->server_,
+                   StartServer(flags.listen, {gateway.get(), gateway->status_.get()}));
   gateway->controller_ = std::make_unique<ControllerClient>(
       flags.controller, flags.listen, v1::Worker(),
-      ControllerClient::Handlers{nullptr, [raw = gateway.get()](const v1::ClusterView& view) { raw->OnView(view); }});
+      ControllerClient::Handlers{
+          nullptr, [raw = gateway.get()](const v1::ClusterView& view) { raw->OnView(view); }});
   RETURN_IF_ERROR(PublishAddress(flags.port_file, gateway->server_.address));
   return gateway;
 }
@@ -59,6 +60,7 @@ Gateway::~Gateway() = default;
 void Gateway::OnView(const v1::ClusterView& view) {
   std::lock_guard<std::mutex> lock(mutex_);
   complete_ = view.complete();
+  view_ = view;
   for (auto& [node, backend] : backends_) backend.ready = false;
   bool any = false;
   for (const v1::Worker& worker : view.workers()) {
@@ -71,9 +73,42 @@ void Gateway::OnView(const v1::ClusterView& view) {
     backend.ready = worker.ready();
     any = any || backend.ready;
   }
-  std::erase_if(backends_, [](const auto& entry) { return !entry.second.ready && entry.second.in_flight == 0; });
+  std::erase_if(backends_, [](const auto& entry) {
+    return !entry.second.ready && entry.second.in_flight == 0;
+  });
   // Ready means: a token can be made now.
   server_.SetServing(any && complete_ && !draining_);
+}
+
+StatusServiceImpl::Counters Gateway::ReadCounters() {
+  v1::ClusterView view;
+  StatusServiceImpl::Counters counters{
+      {"requests", requests_.load()}, {"tokens_out", tokens_.load()}, {"refused", refused_.load()}};
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    view = view_;
+    bool ready = false;
+    for (const auto& [node, backend] : backends_) ready = ready || backend.ready;
+    counters["ready"] = ready && complete_ && !draining_ ? 1 : 0;
+    counters["in_flight"] = static_cast<uint64_t>(in_flight_);
+  }
+  counters["placement_epoch"] = view.epoch();
+  counters["expert_workers_ready"] = 0;
+  counters["attention_workers_ready"] = 0;
+  for (const v1::Worker& worker : view.workers()) {
+    const bool expert = worker.role() == v1::ROLE_EXPERT;
+    if (worker.ready()) ++counters[expert ? "expert_workers_ready" : "attention_workers_ready"];
+    auto stub = v1::StatusService::NewStub(MakeChannel(worker.grpc_address(), credentials_));
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(500));
+    v1::StatusReply reply;
+    if (!stub->Status(&context, v1::StatusRequest(), &reply).ok()) continue;
+    for (const v1::Counter& counter : reply.counters()) {
+      counters[absl::StrCat(reply.role(), "/", worker.node(), "/", counter.name())] =
+          counter.value();
+    }
+  }
+  return counters;
 }
 
 absl::StatusOr<std::unique_ptr<Gateway::Ticket>> Gateway::Admit() {
@@ -81,7 +116,8 @@ absl::StatusOr<std::unique_ptr<Gateway::Ticket>> Gateway::Admit() {
   if (draining_) return absl::UnavailableError("the gateway is draining");
   if (in_flight_ >= max_in_flight_) {
     ++refused_;
-    return absl::ResourceExhaustedError(absl::StrCat("too many requests in flight, limit ", max_in_flight_));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("too many requests in flight, limit ", max_in_flight_));
   }
   auto best = backends_.end();
   for (auto it = backends_.begin(); it != backends_.end(); ++it) {
@@ -102,7 +138,8 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   if (!ticket.ok()) return ToGrpc(ticket.status());
   ++requests_;
   const uint64_t number = next_request_.fetch_add(1);
-  const std::string id = request->request_id().empty() ? absl::StrCat("req-", absl::Hex(number)) : request->request_id();
+  const std::string id = request->request_id().empty() ? absl::StrCat("req-", absl::Hex(number))
+                                                       : request->request_id();
   resolved->set_request(number);
   // Cancelling the client's call cancels the worker's; its deadline travels on.
   std::unique_ptr<grpc::ClientContext> upstream = grpc::ClientContext::FromServerContext(*context);
@@ -142,10 +179,12 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   }
   const grpc::Status status = reader->Finish();
   if (!status.ok()) return status;
-  return ended ? grpc::Status::OK : grpc::Status(grpc::StatusCode::UNAVAILABLE, "the stream broke off");
+  return ended ? grpc::Status::OK
+               : grpc::Status(grpc::StatusCode::UNAVAILABLE, "the stream broke off");
 }
 
-grpc::Status Gateway::Score(grpc::ServerContext* context, const v1::ScoreRequest* request, v1::ScoreReply* reply) {
+grpc::Status Gateway::Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
+                            v1::ScoreReply* reply) {
   absl::StatusOr<v1::ResolvedScore> resolved = ResolveScore(*host_, limits_, *request);
   if (!resolved.ok()) return ToGrpc(resolved.status());
   absl::StatusOr<std::unique_ptr<Ticket>> ticket = Admit();
@@ -156,14 +195,16 @@ grpc::Status Gateway::Score(grpc::ServerContext* context, const v1::ScoreRequest
   return (*ticket)->stub().Score(upstream.get(), *resolved, reply);
 }
 
-grpc::Status Gateway::Tokenize(grpc::ServerContext*, const v1::TokenizeRequest* request, v1::TokenizeReply* reply) {
+grpc::Status Gateway::Tokenize(grpc::ServerContext*, const v1::TokenizeRequest* request,
+                               v1::TokenizeReply* reply) {
   const absl::StatusOr<std::vector<TokenId>> ids = ResolveTokenize(*host_, *request);
   if (!ids.ok()) return ToGrpc(ids.status());
   reply->mutable_token_ids()->Add(ids->begin(), ids->end());
   return grpc::Status::OK;
 }
 
-grpc::Status Gateway::ListModels(grpc::ServerContext*, const v1::ListModelsRequest*, v1::ListModelsReply* reply) {
+grpc::Status Gateway::ListModels(grpc::ServerContext*, const v1::ListModelsRequest*,
+                                 v1::ListModelsReply* reply) {
   v1::ModelInfo* model = reply->add_models();
   model->set_id(host_->id);
   model->set_digest(model::ToHex(host_->manifest.digest));

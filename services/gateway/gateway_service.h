@@ -1,7 +1,7 @@
 #pragma once
 
-// The front door: validates, turns text into ids and back, picks an attention worker for each request. Holds the
-// tokenizer, no weights.
+// The front door: validates, turns text into ids and back, picks an attention worker for each
+// request. Holds the tokenizer, no weights.
 
 #include <atomic>
 #include <condition_variable>
@@ -30,7 +30,8 @@ class Gateway final : public v1::Generation::Service {
 
   grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
                         grpc::ServerWriter<v1::GenerateEvent>* writer) override;
-  grpc::Status Score(grpc::ServerContext* context, const v1::ScoreRequest* request, v1::ScoreReply* reply) override;
+  grpc::Status Score(grpc::ServerContext* context, const v1::ScoreRequest* request,
+                     v1::ScoreReply* reply) override;
   grpc::Status Tokenize(grpc::ServerContext* context, const v1::TokenizeRequest* request,
                         v1::TokenizeReply* reply) override;
   grpc::Status ListModels(grpc::ServerContext* context, const v1::ListModelsRequest* request,
@@ -43,11 +44,14 @@ class Gateway final : public v1::Generation::Service {
     bool ready = false;
     int in_flight = 0;
   };
-  // A place among the requests in flight, and the worker that serves it; gives both back when it dies.
+  // A place among the requests in flight, and the worker that serves it; gives both back when it
+  // dies.
   class Ticket;
 
   Gateway() = default;
   void OnView(const v1::ClusterView& view);
+  // Its own counters and, by "<role>/<node>/", those of every worker that answers.
+  StatusServiceImpl::Counters ReadCounters();
   absl::StatusOr<std::unique_ptr<Ticket>> Admit();
 
   std::unique_ptr<ModelHost> host_;
@@ -58,6 +62,7 @@ class Gateway final : public v1::Generation::Service {
   std::condition_variable idle_;
   std::map<uint64_t, Backend> backends_;  // by node
   bool complete_ = false;
+  v1::ClusterView view_;
   bool draining_ = false;
   int in_flight_ = 0;
   std::atomic<uint64_t> next_request_{1};

@@ -1,7 +1,8 @@
 #pragma once
 
-// From what a client sent to what a worker may run: every field checked, text resolved to token ids, defaults put in.
-// Pure; errors are INVALID_ARGUMENT (NOT_FOUND for the model) and name the field. No gRPC.
+// From what a client sent to what a worker may run: every field checked, text resolved to token
+// ids, defaults put in. Pure; errors are INVALID_ARGUMENT (NOT_FOUND for the model) and name the
+// field. No gRPC.
 
 #include <cstdint>
 #include <string>
@@ -21,10 +22,12 @@ struct RequestLimits {
   int64_t max_deadline_ms = 86'400'000;
 };
 
-absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host, const RequestLimits& limits,
+absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
+                                                    const RequestLimits& limits,
                                                     const v1::GenerateRequest& request);
 absl::StatusOr<v1::ResolvedScore> ResolveScore(const ModelHost& host, const RequestLimits& limits,
                                                const v1::ScoreRequest& request);
-absl::StatusOr<std::vector<TokenId>> ResolveTokenize(const ModelHost& host, const v1::TokenizeRequest& request);
+absl::StatusOr<std::vector<TokenId>> ResolveTokenize(const ModelHost& host,
+                                                     const v1::TokenizeRequest& request);
 
 }  // namespace moebius::services
