@@ -5,10 +5,13 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <utility>
 
 #include "attention_worker/attention_actor.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "tests/attention_worker/fake_node.h"
 #include "tests/attention_worker/fake_router.h"
 #include "tests/cluster/sequential_oracle.h"
@@ -45,9 +48,10 @@ void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::fre
 namespace moebius::attention_worker {
 namespace {
 
-TEST(AllocationTest, StepsAllocateNothingAfterWarmUp) {
-  const cluster_test::ToyModel model({});
-  auto backend = cluster_test::MakeTestBackend();
+void ExpectNoAllocations(std::unique_ptr<kernels::Backend> backend) {
+  allocations = 0;
+  // Not freed: the test backends keep decoded weights by address.
+  static const auto& model = *new cluster_test::ToyModel({});
   auto oracle_backend = cluster_test::MakeTestBackend();
   cluster_test::SequentialOracle oracle(&model, oracle_backend.get());
   AttentionOptions options;
@@ -100,10 +104,21 @@ TEST(AllocationTest, StepsAllocateNothingAfterWarmUp) {
   EXPECT_EQ(allocations, 0u);
 
   // The counter does count.
+  allocations = 0;
   counting = true;
   delete new int(1);
   counting = false;
   EXPECT_EQ(allocations, 1u);
+}
+
+TEST(AllocationTest, StepsAllocateNothingAfterWarmUp) {
+  ExpectNoAllocations(cluster_test::MakeTestBackend());
+}
+
+TEST(AllocationTest, NorDoTheyWithTheCpuKernels) {
+  auto backend = kernels::cpu::CpuBackend::Create({.num_threads = 2, .min_parallel_work = 1000});
+  ASSERT_TRUE(backend.ok());
+  ExpectNoAllocations(*std::move(backend));
 }
 
 }  // namespace

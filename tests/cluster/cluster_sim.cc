@@ -78,7 +78,7 @@ ClusterSim::ClusterSim(const ClusterSimOptions& options)
 }
 
 kernels::Backend* ClusterSim::NewBackend() {
-  backends_.push_back(MakeTestBackend());
+  backends_.push_back(options_.new_backend());
   return backends_.back().get();
 }
 

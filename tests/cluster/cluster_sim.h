@@ -4,6 +4,7 @@
 // its own) and expert workers, the real actors over a simulated network, and the clients.
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -27,6 +28,8 @@ inline constexpr uint64_t kFirstExpertNode = 10;
 
 struct ClusterSimOptions {
   const ToyModel* model = nullptr;
+  // Makes each actor's backend; all of them must give the oracle's bits.
+  std::function<std::unique_ptr<kernels::Backend>()> new_backend = MakeTestBackend;
   uint64_t seed = 1;
   runtime::sim::SimOptions network;
   attention_worker::AttentionOptions attention;  // router, peer and digest are filled in
