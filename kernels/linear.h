@@ -40,7 +40,7 @@ struct RmsNormParams {
 // LM head). FP8 weights: each 128-block of K is summed, then multiplied by its scale.
 struct LinearParams {
   int64_t m = 0;
-  MatrixView weight;        // [n, k]: kBf16 or kE4m3
+  MatrixView weight;        // [n, k]; kF32 for gates stored so
   const Bf16* x = nullptr;  // [m, k], row stride x_stride
   int64_t x_stride = 0;
   Bf16* out_bf16 = nullptr;  // [m, n], row stride out_stride

@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kOutsPerUnit = 16, kRowsPerUnit = 64;
 
 void CheckWeight(const MatrixView& weight) {
-  CHECK(weight.dtype == DType::kBf16 || weight.dtype == DType::kE4m3);
   CHECK(weight.data != nullptr && weight.rows > 0 && weight.cols > 0);
   CHECK((weight.dtype == DType::kE4m3) == (weight.scale_inv != nullptr));
 }

@@ -127,7 +127,7 @@ void CpuBackend::ExpertDown(const ExpertFfnParams& p, int64_t num_active) {
   const float* scales = p.x_codes != nullptr ? expert_scales_.Reserve(0) : nullptr;
   for (int64_t i = 0; i < p.m; ++i) {
     rows[i] = hidden + i * p.intermediate;
-    scale_rows[i] = scales + i * blocks;
+    if (scales != nullptr) scale_rows[i] = scales + i * blocks;
   }
   const int64_t slices = CeilDiv(p.hidden, kOutsPerUnit);
   LinearArgs args;

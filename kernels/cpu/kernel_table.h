@@ -14,14 +14,14 @@
 
 namespace moebius::kernels::cpu {
 
-// out[i][n - n_origin] = x[i] . W[n], for BF16 weights one chain per lane over the whole K, for
-// e4m3 weights
+// out[i][n - n_origin] = x[i] . W[n], for F32 and BF16 weights one chain per lane over the whole K,
+// for e4m3 weights
 //   part = lane sums of one 128-block of K from zero, acc = fma(scale, part, acc) per lane,
 // with scale = W's (times x's, if x is quantised too). One ReduceAdd at the end.
 // Weights enter as value / 256 and their scale as scale * 256, which changes no bit unless a
 // product is below 2^-118 or a scale above 2^119.
 struct LinearArgs {
-  MatrixView weight;  // kBf16 or kE4m3
+  MatrixView weight;
   // kE4m3 only: each weight is rounded to BF16 after its scale and K is one chain (MLA's kv_b).
   bool round_weights = false;
   const Bf16* const* x = nullptr;          // row pointers, [k] each

@@ -305,7 +305,7 @@ inline float ReduceAdd(const F32x16& v) {
 
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), r = x - n ln 2 with ln 2 in two parts, exp(r) by its
 // Taylor polynomial of degree 7 in Horner form, 2^n in two exact factors so that subnormal results
-// are rounded once. Largest error 1.1 units in the last place (tests/kernels/cpu/exp_test.cc);
+// are rounded once. Largest error seen 0.87 units in the last place (number_formats_test);
 // exp(0) = 1, exp(-inf) = 0, exp(inf) = inf, NaN stays.
 inline float ExpLane(float x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer

@@ -15,7 +15,11 @@ namespace HWY_NAMESPACE {
 namespace {
 
 // How W's elements become lanes, and how K is summed (LinearArgs).
-enum class WeightKind { kBf16, kE4m3, kE4m3Rounded };
+enum class WeightKind { kF32, kBf16, kE4m3, kE4m3Rounded };
+
+constexpr bool IsE4m3(WeightKind kind) {
+  return kind == WeightKind::kE4m3 || kind == WeightKind::kE4m3Rounded;
+}
 
 // A tile is kRows rows of x by kOuts rows of W: each weight is decoded once per tile, each x loaded
 // once per tile, and kRows * kOuts independent chains hide the latency of fma. The tile's shape
@@ -41,7 +45,7 @@ struct Tile {
     for (int i = 0; i < kRows; ++i) x[i] = a.x[row + i];
     for (int o = 0; o < kOuts; ++o) {
       w[o] = a.weight.data + (n + o) * bytes;
-      if (kKind != WeightKind::kBf16) {
+      if (IsE4m3(kKind)) {
         scale[o] = a.weight.scale_inv + (n + o) / kQuantBlock * blocks;
       }
     }
@@ -52,7 +56,10 @@ struct Tile {
   HWY_INLINE F32x16 LoadWeight(int o, int64_t k, int64_t count, float block_scale) const {
     (void)count;
     (void)block_scale;
-    if constexpr (kKind == WeightKind::kBf16) {
+    if constexpr (kKind == WeightKind::kF32) {
+      const float* from = reinterpret_cast<const float*>(w[o]) + k;
+      return kTail ? LoadTail(from, count) : Load(from);
+    } else if constexpr (kKind == WeightKind::kBf16) {
       const Bf16* from = reinterpret_cast<const Bf16*>(w[o]) + k;
       return kTail ? LoadBf16Tail(from, count) : LoadBf16(from);
     } else {
@@ -104,7 +111,7 @@ struct Tile {
     SetZero(acc);
     bool has_nan[kOuts] = {};
     float block_scale[kOuts] = {};
-    if constexpr (kKind == WeightKind::kBf16) {
+    if constexpr (!IsE4m3(kKind)) {
       Span(0, k_end, block_scale, acc);
     } else {
       for (int64_t block = 0; block * kQuantBlock < k_end; ++block) {
@@ -184,7 +191,9 @@ void LinearOf(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_
 
 void Linear(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_t n_begin,
             int64_t n_end) {
-  if (args.weight.dtype == DType::kBf16) {
+  if (args.weight.dtype == DType::kF32) {
+    LinearOf<WeightKind::kF32>(args, row_begin, row_end, n_begin, n_end);
+  } else if (args.weight.dtype == DType::kBf16) {
     LinearOf<WeightKind::kBf16>(args, row_begin, row_end, n_begin, n_end);
   } else if (args.round_weights) {
     LinearOf<WeightKind::kE4m3Rounded>(args, row_begin, row_end, n_begin, n_end);
