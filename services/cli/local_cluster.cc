@@ -87,7 +87,11 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) return absl::UnavailableError(absl::StrCat(dir, ": ", error.message()));
-  cluster.binaries_ = std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
+  cluster.binaries_ = options.binaries;
+  if (cluster.binaries_.empty()) {
+    cluster.binaries_ =
+        std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
+  }
 
   const auto add = [&](const std::string& name, const std::string& binary,
                        std::vector<std::string> arguments) -> Process& {
@@ -109,7 +113,7 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
       add(absl::StrCat("attention-", i), "attention",
           {"--controller", controller, "--threads", absl::StrCat(options.threads),
            "--prefill-chunk", absl::StrCat(options.prefill_chunk), "--blocks",
-           absl::StrCat(options.num_blocks)});
+           absl::StrCat(options.num_blocks), "--max-running", absl::StrCat(options.max_running)});
     }
     for (int i = 0; i < options.experts; ++i) {
       add(absl::StrCat("expert-", i), "expert",

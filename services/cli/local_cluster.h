@@ -23,11 +23,13 @@ struct LocalClusterOptions {
   int attention = 1;
   int experts = 2;
   std::string listen = "127.0.0.1:8700";  // of the gateway
-  std::string state_dir;                  // empty: below the user's state directory, by address
-  bool adopt = false;                     // take over a running cluster instead of refusing
+  std::string binaries;   // folder of the service binaries; empty: this program's own
+  std::string state_dir;  // empty: below the user's state directory, by address
+  bool adopt = false;     // take over a running cluster instead of refusing
   int threads = 1;
   int prefill_chunk = 128;
   int num_blocks = 256;
+  int max_running = 64;
   int restarts_per_minute = 5;  // of one process; over it, it is left down
 };
 

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <future>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
@@ -86,7 +87,20 @@ absl::Status ExpertService::CarryOut(const v1::HostOrder& order) {
 void ExpertService::Drain() {
   server_.SetServing(false);
   controller_->Leave();
-  // The controller plans around us and routers follow; until then rows are served as ever.
+  // The controller plans around us and routers follow. Whoever has nobody else to ask still asks
+  // us: serve until no row has come for a while, within the grace.
+  constexpr std::chrono::milliseconds kQuiet(1000);
+  constexpr std::chrono::seconds kGrace(30);
+  const auto end = std::chrono::steady_clock::now() + kGrace;
+  uint64_t rows = counters_->rows_received.load();
+  for (auto quiet_since = std::chrono::steady_clock::now();
+       std::chrono::steady_clock::now() - quiet_since < kQuiet &&
+       std::chrono::steady_clock::now() < end;) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    if (counters_->rows_received.load() == rows) continue;
+    rows = counters_->rows_received.load();
+    quiet_since = std::chrono::steady_clock::now();
+  }
   auto drained = std::make_shared<std::promise<void>>();
   std::future<void> done = drained->get_future();
   (void)data_->node().Post(runtime::kExpertWorker,
