@@ -1,0 +1,254 @@
+#include "services/attention/attention_service.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <chrono>
+#include <future>
+
+#include "absl/strings/str_cat.h"
+#include "base/log.h"
+#include "base/status_macros.h"
+#include "services/attention/event_queue.h"
+#include "services/common/grpc_status.h"
+#include "services/common/process.h"
+
+namespace moebius::services {
+namespace {
+
+// Token events a stream may lag behind before its request is cancelled.
+constexpr size_t kStreamLag = 8192;
+constexpr std::chrono::milliseconds kCancelPoll(100);
+
+v1::FinishReason ToProto(attention_worker::FinishReason reason) {
+  switch (reason) {
+    case attention_worker::FinishReason::kStop:
+      return v1::FINISH_REASON_STOP;
+    case attention_worker::FinishReason::kLength:
+      return v1::FINISH_REASON_LENGTH;
+    case attention_worker::FinishReason::kCancelled:
+      return v1::FINISH_REASON_CANCELLED;
+    case attention_worker::FinishReason::kDeadline:
+      return v1::FINISH_REASON_DEADLINE;
+    default:
+      return v1::FINISH_REASON_UNSPECIFIED;
+  }
+}
+
+}  // namespace
+
+grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
+                                    const v1::ResolvedRequest* request,
+                                    grpc::ServerWriter<v1::WorkerToken>* writer) {
+  using attention_worker::TokenEvent;
+  auto queue = std::make_shared<EventQueue<TokenEvent>>(kStreamLag);
+  attention_worker::Submit submit;
+  submit.request = RequestId(request->request());
+  submit.prompt.assign(request->prompt().begin(), request->prompt().end());
+  submit.sampling.temperature = request->temperature();
+  submit.sampling.top_k = request->top_k();
+  submit.sampling.top_p = request->top_p();
+  submit.sampling.seed = request->seed();
+  submit.max_tokens = request->max_tokens();
+  submit.stop_strings.assign(request->stop().begin(), request->stop().end());
+  submit.ignore_eos = request->ignore_eos();
+  submit.deadline_ms = request->deadline_ms();
+  submit.on_token = [queue](const TokenEvent& event) { queue->Push(event); };
+  const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
+  if (!posted.ok()) return ToGrpc(posted);
+  const auto cancel = [&] {
+    (void)node_->Post(runtime::kAttentionWorker,
+                      attention_worker::Cancel{RequestId(request->request())});
+  };
+  while (true) {
+    const std::optional<TokenEvent> event = queue->Pop(kCancelPoll);
+    if (context->IsCancelled() || queue->overflowed()) {
+      cancel();
+      return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone or does not read");
+    }
+    if (!event) continue;
+    if (event->finish_reason == attention_worker::FinishReason::kError)
+      return ToGrpc(event->status);
+    v1::WorkerToken token;
+    token.set_token_index(event->index);
+    token.set_has_token(event->token >= 0);
+    token.set_token_id(event->token);
+    token.set_logprob(event->logprob);
+    token.set_row_digest(event->row_digest);
+    token.set_finish_reason(ToProto(event->finish_reason));
+    token.set_preemptions(event->preemptions);
+    if (!writer->Write(token)) {
+      cancel();
+      return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
+    }
+    if (event->finish_reason != attention_worker::FinishReason::kNone) return grpc::Status::OK;
+  }
+}
+
+grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::ResolvedScore* request,
+                                 v1::ScoreReply* reply) {
+  struct Step {
+    std::optional<attention_worker::ScoreEvent> score;
+    std::optional<attention_worker::TokenEvent> end;
+  };
+  auto queue = std::make_shared<EventQueue<Step>>(size_t{1} << 20);
+  attention_worker::Submit submit;
+  submit.request = RequestId(request->request());
+  submit.prompt.assign(request->prompt().begin(), request->prompt().end());
+  submit.top_n = static_cast<uint32_t>(request->top());
+  submit.on_score = [queue](const attention_worker::ScoreEvent& event) {
+    queue->Push(Step{event, std::nullopt});
+  };
+  submit.on_token = [queue](const attention_worker::TokenEvent& event) {
+    queue->Push(Step{std::nullopt, event});
+  };
+  const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
+  if (!posted.ok()) return ToGrpc(posted);
+  while (true) {
+    const std::optional<Step> step = queue->Pop(kCancelPoll);
+    if (context->IsCancelled() || queue->overflowed()) {
+      (void)node_->Post(runtime::kAttentionWorker,
+                        attention_worker::Cancel{RequestId(request->request())});
+      return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
+    }
+    if (!step) continue;
+    if (step->end) {
+      if (step->end->finish_reason == attention_worker::FinishReason::kError)
+        return ToGrpc(step->end->status);
+      if (reply->positions_size() < request->prompt_size()) continue;
+      return grpc::Status::OK;
+    }
+    v1::ScorePosition* position = reply->add_positions();
+    position->set_next_logprob(step->score->next_logprob);
+    position->set_row_digest(step->score->row_digest);
+    for (TokenId id : step->score->top_ids) position->add_top_ids(id);
+    for (float logprob : step->score->top_logprobs) position->add_top_logprob(logprob);
+    if (step->score->last) return grpc::Status::OK;
+  }
+}
+
+absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
+    const ServiceFlags& flags) {
+  std::unique_ptr<AttentionProcess> process(new AttentionProcess());
+  ASSIGN_OR_RETURN(process->host_, OpenModel(flags.model));
+  const ModelHost& host = *process->host_;
+  ASSIGN_OR_RETURN(model::AttentionWorkerWeights weights,
+                   model::LoadAttentionWorkerWeights(*host.checkpoint, host.config));
+  RETURN_IF_ERROR(
+      model::VerifyTensors(host.manifest, *host.checkpoint, weights.storage.tensor_names()));
+  process->weights_ = std::make_unique<model::AttentionWorkerWeights>(std::move(weights));
+  process->attention_backend_ = MakeBackend(flags.threads);
+  process->router_backend_ = MakeBackend(1);
+  ASSIGN_OR_RETURN(process->data_, DataNode::Open(host, *process->attention_backend_,
+                                                  flags.data_address, wire::NodeRole::kAttention));
+  runtime::Node& node = process->data_->node();
+
+  attention_worker::AttentionOptions options;
+  options.router = {node.id(), runtime::kRouter};
+  options.model_digest = host.manifest.digest64();
+  options.max_step_tokens = static_cast<int32_t>(kMaxStepRows);
+  options.prefill_chunk = flags.prefill_chunk;
+  options.num_blocks = flags.num_blocks;
+  options.max_running = flags.max_running;
+  options.sampled_vocab = host.sampled_vocab();
+  RETURN_IF_ERROR(attention_worker::ValidateOptions(host.config, options));
+  auto attention = std::make_unique<attention_worker::AttentionActor>(
+      attention_worker::AttentionModel{&host.config, process->weights_.get(),
+                                       process->attention_backend_.get(), host.tokenizer.get()},
+      options);
+  process->actor_ = attention.get();
+  auto router = std::make_unique<router::RouterActor>(
+      MakeRouterOptions(host.config, *process->weights_, kMaxStepRows),
+      process->router_backend_.get());
+  process->router_counters_ = router->counters();
+  node.AddActor(runtime::kAttentionWorker, std::move(attention));
+  node.AddActor(runtime::kRouter, std::move(router));
+  process->data_->Start();
+
+  process->rpc_ = std::make_unique<AttentionRpc>(&node);
+  process->status_ = std::make_unique<StatusServiceImpl>(
+      "attention", node.id().value(), [raw = process.get()] { return raw->ReadCounters(); });
+  ASSIGN_OR_RETURN(process->server_,
+                   StartServer(flags.listen, {process->rpc_.get(), process->status_.get()}));
+  v1::Worker self;
+  self.set_node(node.id().value());
+  self.set_incarnation(node.incarnation().value());
+  self.set_role(v1::ROLE_ATTENTION);
+  self.set_data_address(process->data_->address());
+  self.set_grpc_address(process->server_.address);
+  self.set_model_digest(model::ToHex(host.manifest.digest));
+  self.set_numerics(process->attention_backend_->NumericsName());
+  process->controller_ = std::make_unique<ControllerClient>(
+      flags.controller, flags.listen, self,
+      ControllerClient::Handlers{
+          nullptr, [raw = process.get()](const v1::ClusterView& view) { raw->OnView(view); }});
+  RETURN_IF_ERROR(PublishAddress(flags.port_file, process->server_.address));
+  return process;
+}
+
+AttentionProcess::~AttentionProcess() = default;
+
+void AttentionProcess::OnView(const v1::ClusterView& view) {
+  if (view.hosts_size() > 0) {
+    auto placement = std::make_shared<router::Placement>(
+        Epoch(view.epoch()), static_cast<uint32_t>(host_->config.total_layers()),
+        static_cast<uint32_t>(host_->config.n_routed_experts));
+    for (const v1::ExpertHost& expert_host : view.hosts()) {
+      const NodeId node(expert_host.node());
+      placement->AddPeer(
+          {node, Incarnation(expert_host.incarnation()), expert_host.data_address()});
+      for (const v1::LayerExperts& layer : expert_host.experts()) {
+        for (uint32_t expert : layer.experts()) {
+          if (layer.layer() >= placement->layers() || expert >= placement->experts_per_layer()) {
+            LOG_ERROR("placement names an expert that this model does not have");
+            return;
+          }
+          placement->AddReplica(LayerId(layer.layer()), ExpertId(expert),
+                                {node, runtime::kExpertWorker});
+        }
+      }
+    }
+    (void)data_->node().Post(runtime::kRouter, router::PlacementUpdate{std::move(placement)});
+  }
+  server_.SetServing(view.complete());
+  controller_->SetReady(view.complete());
+}
+
+StatusServiceImpl::Counters AttentionProcess::ReadCounters() const {
+  const attention_worker::AttentionCounters a = actor_->counters();
+  const router::RouterCounters& r = *router_counters_;
+  const runtime::SessionCounters s = data_->node().counters();
+  return {{"steps", a.steps},
+          {"rows", a.rows},
+          {"tokens_out", a.tokens_out},
+          {"requests", a.requests},
+          {"refused", a.refused},
+          {"preemptions", a.preemptions},
+          {"running", a.running},
+          {"waiting", a.waiting},
+          {"blocks_used", a.blocks_used},
+          {"blocks_total", a.blocks_total},
+          {"route_resends", a.route_resends},
+          {"router_items_sent", r.items_sent.load()},
+          {"router_items_resent", r.items_resent.load()},
+          {"router_items_hedged", r.items_hedged.load()},
+          {"router_stale_answers", r.stale_answers.load()},
+          {"exactness_mismatch_total", r.exactness_mismatches.load()},
+          {"frames_sent", s.frames_sent},
+          {"frames_received", s.frames_received},
+          {"checksum_failures", s.checksum_failures}};
+}
+
+void AttentionProcess::Drain() {
+  server_.SetServing(false);
+  controller_->Leave();
+  auto drained = std::make_shared<std::promise<void>>();
+  std::future<void> done = drained->get_future();
+  (void)data_->node().Post(runtime::kAttentionWorker,
+                           attention_worker::Drain{[drained] { drained->set_value(); }});
+  done.wait_for(std::chrono::seconds(30));
+  controller_->Stop();
+  server_.server->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(1));
+  data_->Stop();
+}
+
+}  // namespace moebius::services

@@ -1,0 +1,42 @@
+#pragma once
+
+// One way to ask for tokens, whoever makes them: a running cluster (gRPC) or a whole cluster in
+// this process. Both take the same requests and apply the same checks.
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "moebius/v1/generation.grpc.pb.h"
+#include "services/common/grpc_server.h"
+#include "services/common/local_engine.h"
+
+namespace moebius::services {
+
+struct ClientFlags {
+  std::string model;    // directory; local only
+  std::string address;  // of a gateway; empty: in this process
+  ListenOptions credentials;
+  LocalEngineOptions local;
+};
+
+class GenerationClient {
+ public:
+  static absl::StatusOr<std::unique_ptr<GenerationClient>> Open(const ClientFlags& flags);
+
+  // Blocks until the stream ends; `on_event` runs on the calling thread.
+  absl::Status Generate(const v1::GenerateRequest& request,
+                        const std::function<void(const v1::GenerateEvent&)>& on_event);
+  absl::StatusOr<v1::ScoreReply> Score(const v1::ScoreRequest& request);
+  // nullptr for a remote cluster.
+  LocalEngine* local() { return local_.get(); }
+
+ private:
+  absl::Status GenerateLocally(const v1::GenerateRequest& request,
+                               const std::function<void(const v1::GenerateEvent&)>& on_event);
+  std::unique_ptr<v1::Generation::Stub> stub_;
+  std::unique_ptr<LocalEngine> local_;
+};
+
+}  // namespace moebius::services

@@ -1,0 +1,82 @@
+#pragma once
+
+// A cluster of processes on this machine: started, watched, restarted with back-off within a
+// budget, drained. The services run in sessions of their own: when the supervisor dies they go on,
+// and a later one can adopt them from the state directory.
+//
+// State directory: cluster.json (addresses and process ids), one log and one port file per process.
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace moebius::services {
+
+struct LocalClusterOptions {
+  std::string model;
+  int attention = 1;
+  int experts = 2;
+  std::string listen = "127.0.0.1:8700";  // of the gateway
+  std::string binaries;   // folder of the service binaries; empty: this program's own
+  std::string state_dir;  // empty: below the user's state directory, by address
+  bool adopt = false;     // take over a running cluster instead of refusing
+  int threads = 1;
+  int prefill_chunk = 128;
+  int num_blocks = 256;
+  int max_running = 64;
+  int restarts_per_minute = 5;  // of one process; over it, it is left down
+};
+
+class LocalCluster {
+ public:
+  // Starts (or adopts) the processes. ALREADY_EXISTS when a cluster runs there and `adopt` is not
+  // set. `say` gets one line for each thing that a person would want to know.
+  static absl::StatusOr<LocalCluster> Start(const LocalClusterOptions& options,
+                                            std::function<void(const std::string&)> say);
+
+  // Waits until the gateway can make tokens, telling the progress; fails if a process dies
+  // meanwhile.
+  absl::Status WaitReady(std::chrono::seconds limit);
+
+  // One look at every process: restarts what died. Call a few times a second.
+  void Supervise();
+
+  // SIGTERM to all (front door first), then waits; SIGKILL to what is left after `grace`.
+  void Drain(std::chrono::seconds grace);
+
+  const std::string& address() const { return gateway_address_; }
+  struct Process {
+    std::string name;  // "expert-1"
+    pid_t pid = 0;
+    bool child = false;  // ours to reap; adopted ones are not
+    std::vector<std::string> arguments;
+    std::string port_file;
+    std::string log_file;
+    std::vector<std::chrono::steady_clock::time_point> restarts;
+    std::chrono::steady_clock::time_point restart_at;
+    bool waiting = false;  // dead, restart due at restart_at
+    bool given_up = false;
+  };
+  const std::vector<Process>& processes() const { return processes_; }
+
+ private:
+  absl::Status Launch(Process& process);
+  absl::StatusOr<std::string> AwaitAddress(Process& process, std::chrono::seconds limit);
+  bool Alive(Process& process);
+  absl::Status Save() const;
+
+  LocalClusterOptions options_;
+  std::function<void(const std::string&)> say_;
+  std::string binaries_;
+  std::string controller_address_;
+  std::string gateway_address_;
+  std::vector<Process> processes_;
+};
+
+}  // namespace moebius::services

@@ -1,0 +1,64 @@
+#pragma once
+
+// A worker's side of the Control service: renews the lease and carries the controller's orders, and
+// watches the cluster. Both run on threads of their own and go on for ever: a controller that is
+// away is retried, and what the worker last heard stays in force meanwhile (the data plane does not
+// need the controller).
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "moebius/v1/control.grpc.pb.h"
+#include "services/common/grpc_server.h"
+
+namespace moebius::services {
+
+class ControllerClient {
+ public:
+  // `on_order` runs on the renewing thread for each new order (may take long: renewals go on from
+  // another thread); when it returns OK the order counts as carried out. `on_view` runs on the
+  // watching thread.
+  struct Handlers {
+    std::function<absl::Status(const v1::HostOrder&)> on_order;
+    std::function<void(const v1::ClusterView&)> on_view;
+  };
+  // `self.node() == 0`: watch only (a gateway).
+  ControllerClient(const std::string& address, const ListenOptions& credentials, v1::Worker self,
+                   Handlers handlers);
+  ~ControllerClient();
+
+  void SetReady(bool ready);
+  // Tells the controller to place nothing here any more (at once, best effort).
+  void Leave();
+  void Stop();
+
+ private:
+  void RenewLoop();
+  void OrderLoop();
+  void WatchLoop();
+  bool Pause(std::chrono::milliseconds time);
+
+  std::unique_ptr<v1::Control::Stub> stub_;
+  const Handlers handlers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  v1::Worker self_;
+  bool leaving_ = false;
+  bool renew_now_ = false;
+  uint64_t operation_done_ = 0;
+  uint64_t term_ = 0;
+  v1::HostOrder order_;  // the newest not yet started
+  bool order_waiting_ = false;
+  bool stopping_ = false;
+  grpc::ClientContext* watching_ = nullptr;
+  std::thread renew_thread_;
+  std::thread order_thread_;
+  std::thread watch_thread_;
+};
+
+}  // namespace moebius::services

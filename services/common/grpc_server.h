@@ -1,0 +1,51 @@
+#pragma once
+
+// How every process of ours listens: loopback unless told otherwise, and then only with TLS or an
+// explicit
+// --insecure. Health (grpc.health.v1) and reflection are always on.
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace grpc {
+class Server;
+class Service;
+class Channel;
+}  // namespace grpc
+
+namespace moebius::services {
+
+struct ListenOptions {
+  std::string address = "127.0.0.1:0";  // port 0: a free one
+  bool insecure = false;                // plain text on an address that is not loopback
+  std::string tls_cert;                 // PEM files; all three together: mutual TLS
+  std::string tls_key;
+  std::string tls_ca;
+};
+
+// FAILED_PRECONDITION when the address is not loopback and there is neither TLS nor --insecure.
+absl::Status CheckBindPolicy(const ListenOptions& options);
+
+struct RunningServer {
+  std::unique_ptr<grpc::Server> server;
+  std::string address;  // with the port that was taken
+  RunningServer();
+  RunningServer(RunningServer&&) noexcept;
+  RunningServer& operator=(RunningServer&&) noexcept;
+  ~RunningServer();
+  // grpc.health.v1 status of the whole server.
+  void SetServing(bool serving);
+};
+
+// Serves `services` (borrowed until the server is shut down).
+absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
+                                          const std::vector<grpc::Service*>& services);
+
+// A channel to a peer under the same credentials.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
+                                           const ListenOptions& options);
+
+}  // namespace moebius::services

@@ -1,0 +1,77 @@
+#pragma once
+
+// A model directory opened for serving: configuration, checkpoint, digest, tokenizer, and the
+// limits that every role derives from them.
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "attention_worker/attention_options.h"
+#include "expert_worker/expert_actor.h"
+#include "kernels/backend.h"
+#include "model/checkpoint.h"
+#include "model/config.h"
+#include "model/manifest.h"
+#include "model/tokenizer.h"
+#include "model/weights.h"
+#include "proto/wire/dispatch.h"
+#include "router/router_options.h"
+#include "runtime/buffer_pool.h"
+#include "runtime/session.h"
+
+namespace moebius::services {
+
+struct ModelHost {
+  std::string dir;
+  std::string id;  // the directory's own name
+  model::ModelConfig config;
+  std::unique_ptr<model::Checkpoint> checkpoint;
+  model::Manifest manifest;
+  std::unique_ptr<model::Tokenizer> tokenizer;  // nullptr: token ids only
+
+  // Tokens that may be drawn: padding rows of the head are not among them.
+  int64_t sampled_vocab() const;
+};
+
+// Errors name the file. The manifest is computed if there is none yet (one read of the checkpoint).
+absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir);
+
+// The backend of this machine. `threads` counts the calling one.
+std::unique_ptr<kernels::Backend> MakeBackend(int threads);
+
+// What peers must agree on before they exchange a row.
+runtime::SessionIdentity MakeIdentity(const ModelHost& host, const kernels::Backend& backend,
+                                      uint64_t node, uint64_t incarnation, wire::NodeRole role);
+
+wire::RowLimits MakeRowLimits(const model::ModelConfig& config, uint32_t max_rows);
+router::RouterOptions MakeRouterOptions(const model::ModelConfig& config,
+                                        const model::AttentionWorkerWeights& weights,
+                                        uint32_t max_rows);
+expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config, uint32_t max_rows);
+
+// Payload buffers of one node. `peers`: expert workers that may answer at once. The sum, per size
+// class:
+//   small   handshakes, heartbeats, refusals: 4 a peer, 64 at least
+//   frames  the largest dispatch or combine frame, and the attention worker's request and answer
+//   (they fit too):
+//           credits of 8 peers in flight, and what a round holds until its sum is taken
+std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config,
+                                                    uint32_t max_rows, uint32_t peers);
+
+// Rows of one step, and so of one route request, in every role. Part of what a cluster agrees on.
+inline constexpr uint32_t kMaxStepRows = 512;
+
+kernels::ExpertWeights ToKernelWeights(const model::MlpWeights& weights);
+
+// Loads one layer's experts and checks every tensor that was mapped against the manifest.
+absl::StatusOr<expert_worker::HostExperts> LoadExperts(const ModelHost& host, LayerId layer,
+                                                       const std::vector<ExpertId>& experts);
+
+// A number that no earlier start of a process can have had.
+uint64_t FreshIncarnation();
+uint64_t FreshNodeId();
+
+}  // namespace moebius::services
