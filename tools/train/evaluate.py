@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures a trained moebius-tiny: held-out bits per byte, recall, MTP acceptance, balance, samples.
 
-    evaluate.py --weights DIR --data packed.npz --tokenizer tokenizer.json --out evaluation.json
+    evaluate.py --model models/moebius-tiny --data packed.npz --out evaluation.json [--parts held_out,recall,samples]
+    evaluate.py --weights RUN_DIR --tokenizer tokenizer.json ...     (before export; the same numbers)
 
 Weights go through the FP8 quantisers, as exported. Recall is greedy and exact: with the answer fed in, every token
 of it must be the argmax. Keys, values, names and nouns are disjoint from those of training.
@@ -18,22 +19,25 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import model as graph  # noqa: E402
+from export import load_export  # noqa: E402
 from model import Model, linear  # noqa: E402
 from tasks import Tasks  # noqa: E402
 from train import load_weights  # noqa: E402
 
-LENGTHS = [256, 512, 1024, 2048, 4096]
-DEPTHS = 10
+# Prompt length in tokens -> prompts for each of the depths 0, 10, .. 100 %.
+PROMPTS = {1024: 50, 4096: 50, 256: 20, 512: 20, 2048: 20}
+DEPTHS = 11
 
 
 @torch.no_grad()
-def windows(model, ids, length, device):
-    """Main logits and MTP argmax over consecutive windows of `ids`: yields (targets, logprobs, argmax, draft argmax)."""
+def windows(model, ids, length, device, batch=16):
+    """Consecutive windows of `ids`, in batches: yields (targets, logprobs, argmax, draft argmax, expert counts). A
+    source shorter than a window is one short window."""
     count = max(1, (len(ids) - 2) // length)
-    for w in range(count):
-        chunk = torch.from_numpy(ids[w * length:(w + 1) * length + 2].astype(np.int64)).to(device)[None]
-        if chunk.shape[1] < 16:
-            continue
+    for first in range(0, count, batch):
+        chunk = np.stack([ids[w * length:(w + 1) * length + 2] for w in range(first, min(first + batch, count))])
+        chunk = torch.from_numpy(chunk.astype(np.int64)).to(device)
         hidden, counts, _ = model.trunk(chunk[:, :-2])
         drafted, _, _ = model.draft(hidden, chunk[:, 1:-1])
         logits = linear(hidden, model.head).float()
@@ -70,41 +74,54 @@ def held_out(model, packed, device):
 
 
 @torch.no_grad()
-def recall(model, packed, tokenizer, device, per_cell):
+def recall(model, packed, tokenizer, device, share):
     encode = lambda s: tokenizer.encode(s).ids  # noqa: E731
     glosses = json.loads(packed["glosses"].tobytes())
     text = np.concatenate([packed[k] for k in sorted(packed.files) if k.startswith("heldout_") and "bytes" not in k])
     def prose(n, rng):
         at = rng.randrange(len(text) - n)
         return [int(i) for i in text[at:at + n] if i > 1]
-    grid, drafts, accepted = {}, 0, 0
-    for length in LENGTHS:
+    grid, drafts, accepted, wrong = {}, 0, 0, []
+    for length, per_cell in PROMPTS.items():
+        per_cell = max(1, int(per_cell * share))
         tasks = Tasks(length, "heldout", encode, prose, glosses)
         row = []
         for depth in range(DEPTHS):
-            right = 0
+            prompts = []
             for _ in range(per_cell):
                 segments, answers = tasks.recall(length, questions=1, depth=depth / (DEPTHS - 1), absent=0)
-                ids = [i for part, _ in tasks.ids(segments) for i in part][-model.c["max_position_embeddings"]:]
-                answer = len(encode(answers[0])) + 1  # and eos
-                x = torch.tensor(ids, device=device)[None]
+                ids = [i for part, _ in tasks.ids(segments) for i in part]
+                assert len(ids) <= model.c["max_position_embeddings"]
+                prompts.append((ids, len(encode(answers[0])) + 1, answers[0]))  # the answer, then eos
+            right = 0
+            for at in range(0, per_cell, 10):
+                some = prompts[at:at + 10]
+                x = torch.zeros(len(some), max(len(ids) for ids, _, _ in some), dtype=torch.int64)
+                for i, (ids, _, _) in enumerate(some):  # padding on the right: nothing before it sees it
+                    x[i, :len(ids)] = torch.tensor(ids)
+                x = x.to(device)
                 hidden, _, _ = model.trunk(x[:, :-1])
-                best = linear(hidden[:, -answer:], model.head).float().argmax(-1)
-                right += bool((best[0] == x[0, -answer:]).all())
                 drafted, _, _ = model.draft(hidden[:, :-1], x[:, 1:-1])
-                draft = linear(drafted[:, -(answer - 1):], model.head).float().argmax(-1)
-                accepted += (draft[0] == best[0, 1:]).sum().item()
-                drafts += answer - 1
+                for i, (ids, n, answer) in enumerate(some):
+                    end = len(ids) - 1
+                    best = linear(hidden[i, end - n:end], model.head).float().argmax(-1)
+                    draft = linear(drafted[i, end - n:end - 1], model.head).float().argmax(-1)
+                    correct = bool((best == x[i, end - n + 1:end + 1]).all())
+                    right += correct
+                    if not correct and len(wrong) < 40:
+                        wrong.append([length, depth * 10, answer, tokenizer.decode(best.tolist(), skip_special_tokens=False)])
+                    accepted += (draft == best[1:]).sum().item()
+                    drafts += n - 1
             row.append(round(right / per_cell, 4))
         grid[length] = row
-        print("recall", length, sum(row) / DEPTHS, row, flush=True)
-    return {"prompts_per_length": per_cell * DEPTHS, "grid": grid,
+        print("recall", length, round(sum(row) / DEPTHS, 4), row, flush=True)
+    return {"prompts": {k: max(1, int(v * share)) * DEPTHS for k, v in PROMPTS.items()}, "grid": grid,
             "mean": {k: round(sum(v) / DEPTHS, 4) for k, v in grid.items()},
-            "mtp_acceptance_on_answers": round(accepted / drafts, 4)}
+            "mtp_acceptance_on_answers": round(accepted / drafts, 4), "wrong_teacher_forced": wrong}
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompt, seed, device, temperature=0.7, top_p=0.9, tokens=120):
+def sample(model, tokenizer, prompt, seed, device, temperature=0.7, top_p=0.9, tokens=100):
     generator = torch.Generator(device="cpu").manual_seed(seed)
     ids = [0, *tokenizer.encode(prompt).ids]
     drafts = accepted = 0
@@ -131,30 +148,55 @@ def sample(model, tokenizer, prompt, seed, device, temperature=0.7, top_p=0.9, t
             "mtp_accepted": accepted, "mtp_drafts": drafts}
 
 
+PROMPTS_TO_CONTINUE = [("Mr. Holmes looked", 1), ("The admiral said", 2), ("It was a dark evening when Emma", 3),
+                       ("The old king of the north", 4)]
+QUESTIONS = ["Who are you?", "What is 27 + 58?", "Spell lantern.", "What is a castle?",
+             "The code of Alice is 4711. The code of Bob is 2093. The code of Carol is 8825.\nWhat is the code of Bob?"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=pathlib.Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=pathlib.Path)
+    source.add_argument("--weights", type=pathlib.Path)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--per-cell", type=int, default=50, help="prompts for each length and depth")
+    parser.add_argument("--parts", default="held_out,recall,samples")
+    parser.add_argument("--share", type=float, default=1.0, help="of the recall prompts")
     args = parser.parse_args()
     from tokenizers import Tokenizer
-    tokenizer = Tokenizer.from_file(args.tokenizer)
+    tokenizer = Tokenizer.from_file(args.tokenizer or str(args.model / "tokenizer.json"))
     packed = np.load(args.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Model()
-    load_weights(model, args.weights)
+    if args.model:
+        model = load_export(args.model)
+    else:
+        model = Model()
+        load_weights(model, args.weights)
     model = model.to(device).eval()
     result = {}
-    result["held_out"], result["balance_max_over_mean"] = held_out(model, packed, device)
-    print(json.dumps(result["held_out"]["all"]), result["balance_max_over_mean"], flush=True)
-    result["samples"] = [sample(model, tokenizer, p, s, device) for p, s in (
-        ("Mr. Holmes looked", 1), ("The admiral said", 2), ("It was a dark evening when Emma", 3), ("In the beginning", 4))]
-    result["samples"] += [sample(model, tokenizer, "The old king of the north", 5, device, temperature=0)]
-    args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    result["recall"] = recall(model, packed, tokenizer, device, args.per_cell)
-    args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    def write():
+        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if "held_out" in args.parts:
+        result["held_out"], result["balance_max_over_mean"] = held_out(model, packed, device)
+        print(json.dumps(result["held_out"]["all"]), result["balance_max_over_mean"], flush=True)
+        graph.FP8_ACTIVATIONS = False
+        result["held_out_bf16_activations"] = held_out(model, packed, device)[0]["all"]
+        graph.FP8_ACTIVATIONS = True
+        print("BF16 activations", json.dumps(result["held_out_bf16_activations"]), flush=True)
+        write()
+    if "recall" in args.parts:
+        result["recall"] = recall(model, packed, tokenizer, device, args.share)
+        write()
+    if "samples" in args.parts:
+        user, assistant = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+        result["samples"] = [sample(model, tokenizer, p, s, device) for p, s in PROMPTS_TO_CONTINUE]
+        result["samples"] += [sample(model, tokenizer, user + q + assistant, 0, device, temperature=0) for q in QUESTIONS]
+        for s in result["samples"]:
+            print(f"--- seed {s['seed']}, temperature {s['temperature']}, drafts accepted {s['mtp_accepted']} of {s['mtp_drafts']}\n"
+                  + s["text"], flush=True)
+        write()
 
 
 if __name__ == "__main__":

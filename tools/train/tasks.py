@@ -18,7 +18,12 @@ SYLLABLES = {
     "heldout": ("ul ur quo wex yam pli snu thu glu fro chi sho cle blu kru wyn jud nux gim tof vyl zek bup dunk hob jep "
                 "lum mux pof rud").split(),
 }
-TRAIN_NAME = re.compile("(?:" + "|".join(SYLLABLES["train"]) + ")+")
+HELD_OUT_NAME = re.compile("(?:" + "|".join(SYLLABLES["heldout"]) + ")+")
+HELD_OUT_ADJECTIVES = "purple ancient broken eastern western lonely narrow hidden".split()
+HELD_OUT_PLACES = "lighthouse meadow fountain cottage abbey canyon chapel quarry".split()
+ONSETS = "b c d f g h j k l m n p r s t v w y z br ch cl cr dr fl fr gr pl pr qu sh sl sn st th tr tw".split()
+NUCLEI = "a e i o u ai ea ee oo ou y".split()
+CODAS = ["", "", "", "l", "n", "r", "s", "t", "d", "k", "m", "p", "x", "ck", "ng", "st", "rn", "lm"]
 ADJECTIVES = "old new red blue green grey white silver golden quiet distant little great north south".split()
 PLACES = "harbour mill bridge tower garden forest market station castle river valley temple island road inn".split()
 ATTRIBUTES = ["code", "password", "number", "secret word", "colour", "key", "name", "symbol"]
@@ -26,6 +31,13 @@ COLOURS = "red blue green yellow black white orange purple brown pink".split()
 
 
 def invented(rng, split):
+    """A name that does not exist. Training also draws from far more sounds, but never a name that the held-out
+    syllables could form."""
+    if split == "train" and rng.random() < 0.6:
+        while True:
+            name = "".join(rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.randint(1, 3)))
+            if HELD_OUT_NAME.fullmatch(name) is None:
+                return name
     return "".join(rng.choice(SYLLABLES[split]) for _ in range(rng.randint(2, 4)))
 
 
@@ -39,18 +51,21 @@ class Tasks:
         # Held-out nouns are the last tenth of the list.
         cut = len(glosses) * 9 // 10
         self.glosses = glosses[:cut] if split == "train" else glosses[cut:]
-        self.training_nouns = {noun for noun, _ in glosses[:cut]}
+        self.held_out_nouns = {noun for noun, _ in glosses[cut:]}
         self.full_stop = encode(".")[0]
 
     def key(self):
         while True:
             key = self.any_key()
-            if self.split == "train" or not self.seen_in_training(key):
+            if self.allowed(key):
                 return key
 
-    def seen_in_training(self, key):
-        """Whether training could have drawn this key: one of its nouns, or a chain of its syllables."""
-        return key in self.training_nouns or TRAIN_NAME.fullmatch(key.lower()) is not None
+    def allowed(self, key):
+        """Training never asks for a key that held-out prompts could ask for, and the other way round."""
+        words = key.lower().split()
+        held_out = (HELD_OUT_NAME.fullmatch(words[-1]) is not None or words[-1] in self.held_out_nouns
+                    or words[-1] in HELD_OUT_PLACES or words[0] in HELD_OUT_ADJECTIVES)
+        return held_out if self.split != "train" else not held_out
 
     def any_key(self):
         r = self.rng
@@ -60,9 +75,12 @@ class Tasks:
             return name.capitalize() if r.random() < 0.5 else name
         if kind < 0.75:
             return r.choice(self.glosses)[0]
-        if self.split == "train":
-            return f"{r.choice(ADJECTIVES)} {r.choice(PLACES)}"
-        return f"{r.choice(ADJECTIVES)} {invented(r, self.split)}"
+        train = self.split == "train"
+        first = r.choice(ADJECTIVES if train else HELD_OUT_ADJECTIVES)
+        if r.random() < 0.5:
+            return f"{first} {r.choice(PLACES if train else HELD_OUT_PLACES)}"
+        name = invented(r, self.split)
+        return f"{first} {name.capitalize() if r.random() < 0.5 else name}"
 
     def value(self):
         r = self.rng
@@ -88,7 +106,7 @@ class Tasks:
             key = self.key()
             if keys and r.random() < 0.3 and " " not in keys[-1]:
                 key = keys[-1][:-1] + r.choice("aeiou")  # a decoy: nearly the same name
-                if self.split != "train" and self.seen_in_training(key):
+                if not self.allowed(key):
                     continue
             if key not in keys:
                 keys.append(key)

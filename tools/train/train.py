@@ -28,7 +28,7 @@ from model import Model, linear  # noqa: E402
 from tasks import Tasks  # noqa: E402
 
 PROSE_MIX = {1024: {"narrative": 0.38, "expository": 0.36, "technical": 0.26},
-             4096: {"narrative": 0.50, "expository": 0.36, "technical": 0.14}}
+             4096: {"narrative": 0.38, "expository": 0.38, "technical": 0.24}}
 PARTS = 4
 
 
@@ -221,7 +221,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        parts = [produced.get() for _ in range(batch // rows)]
+        parts = [produced.get(timeout=120) for _ in range(batch // rows)]
         tokens = torch.from_numpy(np.concatenate([p[0] for p in parts]).astype(np.int64)).to(device, non_blocking=True)
         weights = torch.from_numpy(np.concatenate([p[1] for p in parts]).astype(np.float32)).to(device, non_blocking=True)
         mtp_weight = torch.tensor(0.3, device=device)
