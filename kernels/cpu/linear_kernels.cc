@@ -97,6 +97,21 @@ struct Tile {
     if (k < end) Step<true>(k, end - k, block_scale, acc);
   }
 
+  // Sets has_nan[o] if W[o] has a NaN code in [begin, end), a block.
+  HWY_INLINE void FindNan(int64_t begin, int64_t end, bool (&has_nan)[kOuts]) const {
+    if (end - begin == kQuantBlock) {
+      CodeScan scan;
+#pragma GCC unroll 8
+      for (int o = 0; o < kOuts; ++o) {
+        scan.Add(reinterpret_cast<const E4m3*>(w[o]) + begin, kQuantBlock);
+      }
+      if (HWY_LIKELY(!scan.HasNan())) return;
+    }
+    for (int o = 0; o < kOuts; ++o) {
+      has_nan[o] |= HasNanCode(reinterpret_cast<const E4m3*>(w[o]) + begin, end - begin);
+    }
+  }
+
   static HWY_INLINE void SetZero(F32x16 (&acc)[kRows][kOuts]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -117,10 +132,8 @@ struct Tile {
       for (int64_t block = 0; block * kQuantBlock < k_end; ++block) {
         const int64_t begin = block * kQuantBlock;
         const int64_t end = HWY_MIN(begin + kQuantBlock, k_end);
-        for (int o = 0; o < kOuts; ++o) {
-          has_nan[o] |= HasNanCode(reinterpret_cast<const E4m3*>(w[o]) + begin, end - begin);
-          block_scale[o] = scale[o][block] * kDecodedE4m3Scale;
-        }
+        FindNan(begin, end, has_nan);
+        for (int o = 0; o < kOuts; ++o) block_scale[o] = scale[o][block] * kDecodedE4m3Scale;
         if constexpr (kKind == WeightKind::kE4m3Rounded) {
           Span(begin, end, block_scale, acc);
         } else {
