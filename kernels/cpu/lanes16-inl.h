@@ -27,6 +27,7 @@
 #include <limits>
 
 #include "base/float_formats.h"
+#include "base/tensor_view.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -399,8 +400,10 @@ HWY_INLINE void StoreE4m3Tail(const F32x16& v, E4m3* to, int64_t count) {
 // Whether any of `count` codes is NaN. Kernels that decode with DecodeDiv256 ask this (or a
 // CodeScan) once per block of weights and make the affected outputs NaN.
 HWY_INLINE bool HasNanCode(const E4m3* codes, int64_t count) {
-  bool found = false;
-  int64_t k = 0;
+  int64_t k = count - count % kQuantBlock;
+  CodeScan scan;
+  scan.Add(codes, k);
+  bool found = scan.HasNan();
   for (; k + kLanes <= count; k += kLanes) found = found || HasNanCode16(codes + k);
   for (; k < count; ++k) found = found || (codes[k].bits & 0x7F) == 0x7F;
   return found;
