@@ -84,10 +84,16 @@ uint32_t BufferPool::in_use() const {
   return in_use_;
 }
 
+uint64_t BufferPool::releases() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return releases_;
+}
+
 void BufferPool::Release(uint32_t entry) {
   std::lock_guard<std::mutex> lock(mutex_);
   CHECK_GT(in_use_, 0u);
   --in_use_;
+  ++releases_;
   free_[entries_[entry].size_class].push_back(entry);
 }
 

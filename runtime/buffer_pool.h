@@ -73,6 +73,8 @@ class BufferPool {
   size_t max_buffer_bytes() const;
   // Buffers handed out and not yet returned: 0 when everything balances.
   uint32_t in_use() const;
+  // Buffers returned so far: if it has not moved, an Acquire that failed fails again.
+  uint64_t releases() const;
 
  private:
   friend class Buffer;
@@ -87,6 +89,7 @@ class BufferPool {
   mutable std::mutex mutex_;
   std::vector<std::vector<uint32_t>> free_;  // per class
   uint32_t in_use_ = 0;
+  uint64_t releases_ = 0;
 };
 
 }  // namespace moebius::runtime

@@ -37,13 +37,15 @@ class Node::ActorContext final : public Context {
   }
 
   std::optional<Buffer> AcquireBuffer(size_t bytes) override {
+    // Read before: a buffer that comes back meanwhile, from a compute thread, is then noticed.
+    const uint64_t releases = node_.pool_.releases();
     std::optional<Buffer> buffer = node_.pool_.Acquire(bytes);
     if (!buffer) {
       if (std::find(node_.buffer_waiters_.begin(), node_.buffer_waiters_.end(), &slot_) ==
           node_.buffer_waiters_.end()) {
         node_.buffer_waiters_.push_back(&slot_);
       }
-      node_.buffers_in_use_at_wait_ = node_.pool_.in_use();
+      node_.buffer_releases_at_wait_ = releases;
     }
     return buffer;
   }
@@ -66,11 +68,22 @@ class Node::ActorContext final : public Context {
   }
 
   void Connect(const PeerInfo& peer) override {
+    const bool watches_already = std::find(slot_.connected.begin(), slot_.connected.end(),
+                                           peer.node) != slot_.connected.end();
     AddUnique(slot_.connected, peer.node);
     node_.sessions_.Connect(peer, Now());
+    if (watches_already) return;
+    // Another actor's session: this one hears what it missed.
+    if (std::optional<LinkChanged> link = node_.sessions_.LinkTo(peer.node)) {
+      const LinkState state = std::exchange(link->state, LinkState::kUp);
+      node_.Enqueue(&slot_, *link);
+      link->state = state;
+      if (state != LinkState::kUp) node_.Enqueue(&slot_, *link);
+    }
   }
   void Disconnect(NodeId node) override {
     std::erase(slot_.connected, node);
+    std::erase(slot_.busy, node);
     for (const auto& other : node_.slots_) {
       if (std::find(other->connected.begin(), other->connected.end(), node) !=
           other->connected.end()) {
@@ -99,13 +112,13 @@ Node::Node(NodeOptions options, Transport& transport, Clock& clock, BufferPool& 
       local_limit_(options_.local_messages),
       // Every session's credits can be in the mailbox at once, on top of what is local. Link news
       // and the like are a handful per session.
-      mailbox_(options_.local_messages +
-               size_t{SessionTable::kMaxSessions} * options_.credits_per_session +
-               4 * size_t{SessionTable::kMaxSessions}) {
+      remote_limit_(options_.local_messages +
+                    size_t{SessionTable::kMaxSessions} * options_.credits_per_session),
+      mailbox_(remote_limit_ + 8 * size_t{SessionTable::kMaxSessions}) {
   posted_.reserve(options_.local_messages);
   posted_taken_.reserve(options_.local_messages);
   transport_events_.reserve(256);
-  session_events_.frames.reserve(256);
+  session_events_.reserve(256);
   completions_.reserve(256);
   simulated_works_.reserve(64);
   if (!options_.simulated_compute_delay) {
@@ -167,31 +180,34 @@ void Node::NotifyWritable(NodeId node) {
   }
 }
 
-void Node::DispatchEvents() {
-  for (SessionEvents::Inbound& inbound : session_events_.frames) {
-    Slot* receiver = FindSlot(ActorId(inbound.message.frame.header.destination_actor));
-    if (receiver == nullptr) {
-      sessions_.Acknowledge(
-          inbound.session);  // nobody of that number here: void, but it was taken in
-      continue;
-    }
-    Enqueue(receiver, std::move(inbound.message), inbound.session);
-  }
-  session_events_.frames.clear();
-  for (const LinkChanged& change : session_events_.link_changes) {
-    for (const auto& slot : slots_) {
-      if (std::find(slot->connected.begin(), slot->connected.end(), change.node) !=
-          slot->connected.end()) {
-        Enqueue(slot.get(), change);
+void Node::DispatchEvents(TimePoint now) {
+  // By index: refusing a frame appends what follows from it.
+  for (size_t i = 0; i < session_events_.size(); ++i) {
+    SessionEvent event = std::move(session_events_[i]);
+    if (auto* inbound = std::get_if<InboundFrame>(&event)) {
+      Slot* receiver = FindSlot(ActorId(inbound->message.frame.header.destination_actor));
+      if (receiver == nullptr) {
+        sessions_.Acknowledge(inbound->session);  // nobody of that number: void, but taken in
+      } else if (mailbox_.size() >= remote_limit_) {
+        sessions_.Refuse(inbound->session, "mailbox is full", now, session_events_);
+      } else {
+        Enqueue(receiver, std::move(inbound->message), inbound->session);
       }
+    } else if (auto* change = std::get_if<LinkChanged>(&event)) {
+      for (const auto& slot : slots_) {
+        if (std::find(slot->connected.begin(), slot->connected.end(), change->node) !=
+            slot->connected.end()) {
+          Enqueue(slot.get(), *change);
+        }
+      }
+      // A Send that was refused as busy will find out that the peer is gone, or back.
+      if (change->state == LinkState::kDown || change->state == LinkState::kUp)
+        NotifyWritable(change->node);
+    } else {
+      NotifyWritable(std::get<Writable>(event).node);
     }
-    // A Send that was refused as busy will find out that the peer is gone, or back.
-    if (change.state == LinkState::kDown || change.state == LinkState::kUp)
-      NotifyWritable(change.node);
   }
-  session_events_.link_changes.clear();
-  for (NodeId node : session_events_.writable) NotifyWritable(node);
-  session_events_.writable.clear();
+  session_events_.clear();
 }
 
 bool Node::RunSimulatedWorks() {
@@ -242,8 +258,8 @@ bool Node::RunOnce() {
   }
   transport_events_.clear();
   if (now >= sessions_.NextTick()) sessions_.Tick(now, session_events_);
-  busy = busy || !session_events_.link_changes.empty() || !session_events_.writable.empty();
-  DispatchEvents();
+  busy = busy || !session_events_.empty();
+  DispatchEvents(now);
 
   if (compute_ != nullptr) {
     compute_->TakeCompletions(completions_);
@@ -278,7 +294,7 @@ bool Node::RunOnce() {
     Enqueue(FindSlot(fired->actor), TimerFired{fired->timer, fired->tag});
     busy = true;
   }
-  if (!buffer_waiters_.empty() && pool_.in_use() < buffers_in_use_at_wait_) {
+  if (!buffer_waiters_.empty() && pool_.releases() != buffer_releases_at_wait_) {
     for (Slot* slot : buffer_waiters_) Enqueue(slot, Writable{id()});
     buffer_waiters_.clear();
     busy = true;

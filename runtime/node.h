@@ -15,8 +15,8 @@
 //
 // Bounds, derived at construction: the mailbox holds the credits of every session, plus
 // `local_messages` for frames between own actors, timers, compute and posted messages. Local sends
-// and posts beyond their part are refused (kBusy; RESOURCE_EXHAUSTED), so remote frames always have
-// their place.
+// and posts beyond their part are refused (kBusy; RESOURCE_EXHAUSTED), so remote frames have their
+// place; a peer that overfills it all the same (by reconnecting in a flood) is disconnected.
 
 #include <any>
 #include <atomic>
@@ -110,7 +110,7 @@ class Node {
   void Start();
   bool Deliver();
   void Enqueue(Slot* to, Message message, uint64_t session = 0);
-  void DispatchEvents();
+  void DispatchEvents(TimePoint now);
   void NotifyWritable(NodeId node);
   bool RunSimulatedWorks();
   // Room in the mailbox for what does not come from sessions.
@@ -125,6 +125,7 @@ class Node {
   std::vector<std::unique_ptr<Slot>> slots_;
   TimerQueue timers_;
   size_t local_limit_;
+  size_t remote_limit_;
   Ring<Envelope> mailbox_;
   std::vector<TransportEvent> transport_events_;
   SessionEvents session_events_;
@@ -132,7 +133,7 @@ class Node {
   std::vector<SimulatedWork> simulated_works_;
   uint64_t simulated_sequence_ = 0;
   std::vector<Slot*> buffer_waiters_;
-  uint32_t buffers_in_use_at_wait_ = 0;
+  uint64_t buffer_releases_at_wait_ = 0;
   bool started_ = false;
   std::atomic<bool> stop_{false};
 

@@ -15,11 +15,6 @@ bool IsControl(uint16_t type) {
   return type <= static_cast<uint16_t>(wire::FrameType::kAcknowledge);
 }
 
-template <typename Record>
-absl::Span<const std::byte> BytesOf(const Record& record) {
-  return {reinterpret_cast<const std::byte*>(&record), sizeof(record)};
-}
-
 }  // namespace
 
 SessionTable::SessionTable(SessionIdentity identity, LinkTimings timings, uint32_t credits,
@@ -97,6 +92,8 @@ void SessionTable::Connect(const PeerInfo& info, TimePoint now) {
   if (Peer* peer = FindPeer(info.node)) {
     if (peer->info.incarnation == info.incarnation && peer->info.data_address == info.data_address)
       return;
+    if (info.incarnation < peer->info.incarnation && info.incarnation.value() != 0)
+      return;  // old news
     peer->info = info;
     // The old connection leads to an old incarnation or address; its loss dials the new one.
     Session* session = FindSession(peer->session);
@@ -161,16 +158,8 @@ SendResult SessionTable::SendSealed(Session& session, Frame& frame) {
   return result;
 }
 
-bool SessionTable::SendControl(Session& session, wire::FrameType type,
-                               absl::Span<const std::byte> payload) {
-  Frame frame;
+bool SessionTable::SendControl(Session& session, wire::FrameType type, Frame frame) {
   frame.header.type = static_cast<uint16_t>(type);
-  if (!payload.empty()) {
-    std::optional<Buffer> buffer = pool_.Acquire(payload.size());
-    if (!buffer) return false;
-    std::memcpy(buffer->data(), payload.data(), payload.size());
-    frame.payload = std::move(*buffer);
-  }
   return SendSealed(session, frame) == SendResult::kSent;
 }
 
@@ -186,8 +175,12 @@ void SessionTable::SendHello(Session& session, wire::FrameType type, const PeerI
   record.max_payload_bytes = max_payload_bytes_;
   record.credits = credits_;
   record.role = static_cast<uint16_t>(identity_.role);
-  // If it cannot be sent the handshake times out and is tried again.
-  SendControl(session, type, BytesOf(record));
+  std::optional<Buffer> buffer = pool_.Acquire(sizeof(record));
+  if (!buffer) return;  // the handshake times out and is tried again
+  std::memcpy(buffer->data(), &record, sizeof(record));
+  Frame frame;
+  frame.payload = std::move(*buffer);
+  SendControl(session, type, std::move(frame));
 }
 
 SendResult SessionTable::Send(NodeId to, Frame& frame) {
@@ -212,6 +205,8 @@ void SessionTable::Drop(Session& session, const std::string& reason, TimePoint n
   const Incarnation incarnation = session.peer_incarnation;
   const bool initiator = session.initiator;
   if (session.up) ++counters_.sessions_closed;
+  // Whoever waits for this session must find out: over an accepted one no LinkChanged comes.
+  if (session.busy_reported) events.push_back(Writable{node});
   session = Session();
   if (!initiator) return;
   Peer* peer = FindPeer(node);
@@ -223,7 +218,7 @@ void SessionTable::Drop(Session& session, const std::string& reason, TimePoint n
   peer->retry_at = now + Duration(half + prng_.Below(half + 1));
   peer->backoff = std::min(peer->backoff * 2, timings_.reconnect_max);
   next_tick_ = std::min(next_tick_, peer->retry_at);
-  events.link_changes.push_back(LinkChanged{node, incarnation, LinkState::kDown, reason});
+  events.push_back(LinkChanged{node, incarnation, LinkState::kDown, reason});
   peer->announced_up = false;
 }
 
@@ -253,7 +248,7 @@ void SessionTable::OnTransportEvent(TransportEvent& event, TimePoint now, Sessio
     case Kind::kWritable:
       if (session->busy_reported) {
         session->busy_reported = false;
-        events.writable.push_back(session->peer);
+        events.push_back(Writable{session->peer});
       }
       break;
     case Kind::kAccepted:
@@ -295,6 +290,19 @@ void SessionTable::OnHello(Session& session, const Frame& frame, TimePoint now,
         absl::FailedPreconditionError(absl::StrCat("incarnation ", record.incarnation, " answers, ",
                                                    peer->info.incarnation.value(), " was meant"));
   }
+  if (status.ok() && !session.initiator) {
+    for (const Session& other : sessions_) {
+      if (other.id == 0 || !other.up || other.initiator || other.peer.value() != record.node ||
+          other.peer_incarnation.value() <= record.incarnation) {
+        continue;
+      }
+      // A zombie: a process that was taken for dead and replaced meanwhile. It gets no answer.
+      ++counters_.refused_handshakes;
+      ++counters_.fenced_frames;
+      Drop(session, "incarnation older than the one connected", now, events);
+      return;
+    }
+  }
   if (!status.ok()) {
     ++counters_.refused_handshakes;
     LOG_WARNING(absl::StrCat("handshake with node ", record.node, " refused: ", status.message()));
@@ -302,6 +310,7 @@ void SessionTable::OnHello(Session& session, const Frame& frame, TimePoint now,
       // The answer tells the other side what we are, so that its own check gives it the reason;
       // closing at once could lose the answer. The session never comes up and Tick ends it.
       session.peer_incarnation = Incarnation(record.incarnation);
+      session.refused = true;
       SendHello(session, wire::FrameType::kHelloReply, nullptr);
       return;
     }
@@ -329,7 +338,7 @@ void SessionTable::OnHello(Session& session, const Frame& frame, TimePoint now,
     session.up = true;
     peer->backoff = timings_.reconnect_min;
     peer->announced_up = true;
-    events.link_changes.push_back(
+    events.push_back(
         LinkChanged{session.peer, session.peer_incarnation, LinkState::kUp, "connected"});
   }
   ++counters_.sessions_opened;
@@ -341,15 +350,29 @@ void SessionTable::ApplyAcknowledged(Session& session, uint64_t acknowledged,
   if (session.busy_reported &&
       session.sent_data - session.acknowledged_by_peer < session.send_credits) {
     session.busy_reported = false;
-    events.writable.push_back(session.peer);
+    events.push_back(Writable{session.peer});
   }
 }
 
 void SessionTable::OnFrame(Session& session, Frame frame, TimePoint now, SessionEvents& events) {
+  if (session.refused) {
+    Drop(session, "frame after the handshake was refused", now, events);
+    return;
+  }
   wire::FrameHeader header;
   const absl::Status valid =
       wire::ValidateFrame({reinterpret_cast<const std::byte*>(&frame.header), sizeof(frame.header)},
                           frame.payload.bytes(), max_payload_bytes_, &header);
+  if (absl::IsFailedPrecondition(valid)) {  // another protocol version
+    ++counters_.refused_handshakes;
+    if (session.initiator || session.up) {
+      Drop(session, std::string(valid.message()), now, events);
+    } else {
+      session.refused = true;
+      SendHello(session, wire::FrameType::kHelloReply, nullptr);  // names ours
+    }
+    return;
+  }
   if (!valid.ok()) {
     // After a damaged frame nothing that follows on this connection can be trusted.
     ++counters_.checksum_failures;
@@ -391,26 +414,31 @@ void SessionTable::OnFrame(Session& session, Frame frame, TimePoint now, Session
     return;
   }
   ApplyAcknowledged(session, header.acknowledged, events);
-  if (type == wire::FrameType::kHeartbeat) {
-    SendControl(session, wire::FrameType::kHeartbeatReply, frame.payload.bytes());
-    return;
-  }
-  if (type == wire::FrameType::kHeartbeatReply) {
-    wire::HeartbeatRecord record;
-    const absl::Status parsed = wire::ParseHeartbeat(frame.payload.bytes(), &record);
-    if (!parsed.ok()) {
-      Drop(session, std::string(parsed.message()), now, events);
+  if (type == wire::FrameType::kHeartbeat || type == wire::FrameType::kHeartbeatReply) {
+    const absl::Status bare = wire::ValidateHeartbeat(header);
+    if (!bare.ok()) {
+      Drop(session, std::string(bare.message()), now, events);
+      return;
+    }
+    if (type == wire::FrameType::kHeartbeat) {
+      Frame reply;
+      reply.header.correlation = header.correlation;
+      SendControl(session, wire::FrameType::kHeartbeatReply, std::move(reply));
       return;
     }
     // Only an answer to the oldest open question (or a later one) proves that the link is well.
-    if (session.heartbeat_pending && record.number >= session.pending_number) {
+    if (session.heartbeat_pending && header.correlation >= session.pending_number) {
       session.heartbeat_pending = false;
       UpdateLinkState(session, now, events);
     }
     return;
   }
   if (IsControl(header.type)) return;
-  events.frames.push_back(SessionEvents::Inbound{
+  if (++session.arrived_data - session.acknowledged_by_us > credits_) {
+    Drop(session, "more frames than credits", now, events);
+    return;
+  }
+  events.push_back(InboundFrame{
       session.id, FrameReceived{ActorAddress{session.peer, ActorId(header.source_actor)},
                                 session.peer_incarnation, std::move(frame)}});
 }
@@ -420,8 +448,21 @@ void SessionTable::Acknowledge(uint64_t id) {
   if (session == nullptr) return;
   ++session->received_data;
   if (session->received_data - session->acknowledged_by_us >= std::max<uint64_t>(1, credits_ / 2)) {
-    SendControl(*session, wire::FrameType::kAcknowledge, {});
+    SendControl(*session, wire::FrameType::kAcknowledge);
   }
+}
+
+void SessionTable::Refuse(uint64_t id, const std::string& reason, TimePoint now,
+                          SessionEvents& events) {
+  if (Session* session = FindSession(id)) Drop(*session, reason, now, events);
+}
+
+std::optional<LinkChanged> SessionTable::LinkTo(NodeId node) const {
+  for (const Session& session : sessions_) {
+    if (session.id == 0 || !session.initiator || !session.up || session.peer != node) continue;
+    return LinkChanged{node, session.peer_incarnation, session.state, "connected before"};
+  }
+  return std::nullopt;
 }
 
 void SessionTable::UpdateLinkState(Session& session, TimePoint now, SessionEvents& events) {
@@ -437,10 +478,33 @@ void SessionTable::UpdateLinkState(Session& session, TimePoint now, SessionEvent
   if (state == session.state) return;
   session.state = state;
   const char* reason = state == LinkState::kUp ? "answers again" : "no heartbeat answer";
-  events.link_changes.push_back(LinkChanged{session.peer, session.peer_incarnation, state, reason});
+  events.push_back(LinkChanged{session.peer, session.peer_incarnation, state, reason});
+}
+
+// If this node did not run for a while, answers may lie unread: nobody else was silent meanwhile.
+void SessionTable::ForgiveOwnStall(TimePoint now) {
+  const Duration late = now - last_tick_ - timings_.heartbeat_every;
+  const bool stalled = last_tick_.ns != 0 && late > timings_.heartbeat_every;
+  last_tick_ = now;
+  if (!stalled) return;
+  for (Session& session : sessions_) {
+    if (session.id == 0) continue;
+    session.last_heard = std::min(now, session.last_heard + late);
+    session.oldest_unanswered = std::min(now, session.oldest_unanswered + late);
+  }
+}
+
+// When silence next changes the link's state.
+TimePoint SessionTable::NextThreshold(const Session& session, TimePoint now) const {
+  for (Duration after : {timings_.slow_after, timings_.suspect_after, timings_.dead_after}) {
+    const TimePoint at = session.oldest_unanswered + after;
+    if (at > now) return at;
+  }
+  return now + timings_.heartbeat_every;
 }
 
 void SessionTable::Tick(TimePoint now, SessionEvents& events) {
+  ForgiveOwnStall(now);
   TimePoint next = now + timings_.heartbeat_every;
   for (Session& session : sessions_) {
     if (session.id == 0) continue;
@@ -458,19 +522,21 @@ void SessionTable::Tick(TimePoint now, SessionEvents& events) {
       }
       UpdateLinkState(session, now, events);
       if (now >= session.next_heartbeat) {
-        wire::HeartbeatRecord record;
-        record.number = ++session.heartbeat_number;
-        record.frames_received = session.received_data;
-        const bool sent = SendControl(session, wire::FrameType::kHeartbeat, BytesOf(record));
+        Frame heartbeat;
+        const uint64_t number = session.heartbeat_number + 1;
+        heartbeat.header.correlation = number;
+        const bool sent = SendControl(session, wire::FrameType::kHeartbeat, std::move(heartbeat));
         // Not being able to send is silence too: the clock starts with the first attempt.
         if (!session.heartbeat_pending) {
           session.heartbeat_pending = true;
-          session.pending_number = record.number;
+          session.pending_number = number;
           session.oldest_unanswered = now;
         }
-        if (!sent) --session.heartbeat_number;
+        if (sent) session.heartbeat_number = number;
         session.next_heartbeat = now + timings_.heartbeat_every;
       }
+      next = std::min(next, session.next_heartbeat);
+      if (session.heartbeat_pending) next = std::min(next, NextThreshold(session, now));
     }
   }
   for (Peer& peer : peers_) {

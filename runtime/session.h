@@ -11,16 +11,18 @@
 // Credits: a session may have `credits` data frames outstanding in each direction; the receiver
 // returns them with the cumulative count `acknowledged` in the header of every frame it sends back,
 // and with an explicit kAcknowledge once half of them are unreturned. A frame is acknowledged when
-// its actor has received it, so the sum of all sessions' credits bounds the mailbox. Credits die
-// with their session.
+// its actor has received it, so the sum of all sessions' credits bounds the mailbox; a peer that
+// sends more than it was granted is cut off. Credits die with their session.
 //
 // Link states, from heartbeats with answers (a completed send proves nothing): no answer for
 // `slow_after` -> kSlow, `suspect_after` -> kSuspect, `dead_after` or a closed connection -> kDown.
-// An accepted session that hears nothing for `dead_after` is closed.
+// An accepted session that hears nothing for `dead_after` is closed. Time in which this node itself
+// did not run (its process was stopped, its core taken) is not counted as silence of others.
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -58,24 +60,22 @@ struct SessionCounters {
   uint64_t frames_received = 0;
   uint64_t bytes_sent = 0;
   uint64_t bytes_received = 0;
-  uint64_t checksum_failures = 0;  // damaged or malformed frames; each closes its connection
-  uint64_t fenced_frames = 0;      // of an old incarnation or to one: void
-  uint64_t refused_handshakes = 0;
+  uint64_t checksum_failures = 0;   // damaged or malformed frames; each closes its connection
+  uint64_t fenced_frames = 0;       // of an old incarnation or to one: void
+  uint64_t refused_handshakes = 0;  // other version, model, numerics class, node or incarnation
   uint64_t sessions_opened = 0;
   uint64_t sessions_closed = 0;
 };
 
-// What the table reports to the node.
-class SessionEvents {
- public:
-  std::vector<LinkChanged> link_changes;
-  std::vector<NodeId> writable;
-  struct Inbound {
-    uint64_t session = 0;
-    FrameReceived message;
-  };
-  std::vector<Inbound> frames;
+// A data frame of a live session; its credit goes back with SessionTable::Acknowledge.
+struct InboundFrame {
+  uint64_t session = 0;
+  FrameReceived message;
 };
+
+// What the table reports to the node, in the order in which it happened.
+using SessionEvent = std::variant<InboundFrame, LinkChanged, Writable>;
+using SessionEvents = std::vector<SessionEvent>;
 
 class SessionTable {
  public:
@@ -97,6 +97,12 @@ class SessionTable {
   // The frame of `session` was received by its actor: its credit goes back.
   void Acknowledge(uint64_t session);
 
+  // Ends a session whose frame the node cannot take in.
+  void Refuse(uint64_t session, const std::string& reason, TimePoint now, SessionEvents& events);
+
+  // The link to a peer that Connect named, if it is not down: what a later watcher must be told.
+  std::optional<LinkChanged> LinkTo(NodeId node) const;
+
   TimePoint NextTick() const { return next_tick_; }
   const SessionCounters& counters() const { return counters_; }
   // Data frames sent and not acknowledged over all live sessions: 0 when everything balances.
@@ -116,11 +122,13 @@ class SessionTable {
     uint64_t received_sequence = 0;  // of the last frame taken in
     uint64_t sent_data = 0;
     uint64_t acknowledged_by_peer = 0;
+    uint64_t arrived_data = 0;   // data frames taken off the transport
     uint64_t received_data = 0;  // data frames whose actor has received them
     uint64_t acknowledged_by_us = 0;
     uint32_t send_credits = 0;
     uint64_t peer_max_payload = 0;
     bool busy_reported = false;  // a Send was refused: announce when it can be tried again
+    bool refused = false;        // our answer told the peer why; nothing more is taken from it
     uint64_t heartbeat_number = 0;
     TimePoint oldest_unanswered;  // of our heartbeats; valid if heartbeat_pending
     bool heartbeat_pending = false;
@@ -145,7 +153,7 @@ class SessionTable {
   Session* NewSession(ConnectionId connection, bool initiator, TimePoint now);
   void Dial(Peer& peer, TimePoint now);
   void SendHello(Session& session, wire::FrameType type, const PeerInfo* expected);
-  bool SendControl(Session& session, wire::FrameType type, absl::Span<const std::byte> payload);
+  bool SendControl(Session& session, wire::FrameType type, Frame frame = {});
   SendResult SendSealed(Session& session, Frame& frame);
   // Closes the session's connection and forgets it; tells the watchers if it was an announced peer.
   void Drop(Session& session, const std::string& reason, TimePoint now, SessionEvents& events);
@@ -154,6 +162,8 @@ class SessionTable {
   absl::Status CheckHello(const Session& session, const wire::HelloRecord& record) const;
   void ApplyAcknowledged(Session& session, uint64_t acknowledged, SessionEvents& events);
   void UpdateLinkState(Session& session, TimePoint now, SessionEvents& events);
+  void ForgiveOwnStall(TimePoint now);
+  TimePoint NextThreshold(const Session& session, TimePoint now) const;
 
   const SessionIdentity identity_;
   const LinkTimings timings_;
@@ -166,6 +176,7 @@ class SessionTable {
   std::vector<Peer> peers_;
   uint64_t next_session_id_ = 1;
   TimePoint next_tick_;
+  TimePoint last_tick_;
   SessionCounters counters_;
 };
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/check.h"
 #include "base/ids.h"
 #include "runtime/clock.h"
 
@@ -27,6 +28,7 @@ class TimerQueue {
     uint32_t slot;
     if (free_.empty()) {
       slot = static_cast<uint32_t>(slots_.size());
+      CHECK_LE(slot, kSlotMask);
       slots_.emplace_back();
     } else {
       slot = free_.back();
@@ -40,7 +42,9 @@ class TimerQueue {
   }
 
   void Cancel(uint64_t timer) {
-    Slot& slot = slots_[timer & kSlotMask];
+    const size_t index = timer & kSlotMask;
+    if (index >= slots_.size()) return;  // 0, or no timer of this queue
+    Slot& slot = slots_[index];
     if (slot.timer == timer) slot.timer = 0;  // its heap entry is skipped when it comes up
   }
 

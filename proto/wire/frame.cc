@@ -30,8 +30,8 @@ absl::Status ValidateFrame(absl::Span<const std::byte> header_bytes,
     return absl::InvalidArgumentError("frame header: magic is not MOEB");
   }
   if (header->version != kProtocolVersion) {
-    return absl::InvalidArgumentError(absl::StrCat("frame header: version ", header->version,
-                                                   ", this node speaks ", kProtocolVersion));
+    return absl::FailedPreconditionError(absl::StrCat("frame header: version ", header->version,
+                                                      ", this node speaks ", kProtocolVersion));
   }
   for (uint8_t byte : header->reserved) {
     if (byte != 0) return absl::InvalidArgumentError("frame header: reserved bytes are not zero");

@@ -89,8 +89,8 @@ uint64_t FrameChecksum(const FrameHeader& header, absl::Span<const std::byte> pa
 void SealFrame(FrameHeader& header, absl::Span<const std::byte> payload);
 
 // Parses a header from bytes off the wire: INVALID_ARGUMENT names the field (length, magic,
-// version, reserved, payload_bytes against `payload` and `payload_limit`), DATA_LOSS a bad
-// checksum.
+// reserved, payload_bytes against `payload` and `payload_limit`), FAILED_PRECONDITION another
+// protocol version, DATA_LOSS a bad checksum.
 absl::Status ValidateFrame(absl::Span<const std::byte> header_bytes,
                            absl::Span<const std::byte> payload, uint64_t payload_limit,
                            FrameHeader* header);

@@ -19,13 +19,12 @@ absl::Status ParseHello(absl::Span<const std::byte> payload, HelloRecord* record
   return absl::OkStatus();
 }
 
-absl::Status ParseHeartbeat(absl::Span<const std::byte> payload, HeartbeatRecord* record) {
-  if (payload.size() != sizeof(HeartbeatRecord)) {
+absl::Status ValidateHeartbeat(const FrameHeader& header) {
+  if (header.payload_bytes != 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("heartbeat: ", payload.size(), " bytes, expected ", sizeof(HeartbeatRecord)));
+        absl::StrCat("heartbeat: payload_bytes is ", header.payload_bytes, ", expected 0"));
   }
-  std::memcpy(record, payload.data(), sizeof(HeartbeatRecord));
-  if (record->number == 0) return absl::InvalidArgumentError("heartbeat: number is 0");
+  if (header.correlation == 0) return absl::InvalidArgumentError("heartbeat: correlation is 0");
   return absl::OkStatus();
 }
 

@@ -4,8 +4,9 @@
 //
 // kHello (from the side that connected) and kHelloReply: payload HelloRecord. Sides with different
 // protocol version, model digest or numerics class refuse each other: an answer computed by such a
-// peer would have other bits. kHeartbeat: payload HeartbeatRecord, answered by kHeartbeatReply with
-// the same record.
+// peer would have other bits. kHeartbeat: no payload, so that a node whose buffers are all taken
+// still answers; the header's correlation is its number within the session, from 1, and
+// kHeartbeatReply echoes it.
 
 #include <cstdint>
 #include <type_traits>
@@ -41,16 +42,10 @@ struct HelloRecord {
 static_assert(sizeof(HelloRecord) == 72);
 static_assert(std::is_trivially_copyable_v<HelloRecord>);
 
-struct HeartbeatRecord {
-  uint64_t number = 0;  // of this heartbeat within the session, from 1
-  uint64_t frames_received =
-      0;  // data frames of this session the sender has taken in: returns credits
-};
-static_assert(sizeof(HeartbeatRecord) == 16);
-static_assert(std::is_trivially_copyable_v<HeartbeatRecord>);
-
 // Copies the record out of a payload; INVALID_ARGUMENT names what is wrong with it.
 absl::Status ParseHello(absl::Span<const std::byte> payload, HelloRecord* record);
-absl::Status ParseHeartbeat(absl::Span<const std::byte> payload, HeartbeatRecord* record);
+
+// Of kHeartbeat and kHeartbeatReply. INVALID_ARGUMENT for a payload or a number of 0.
+absl::Status ValidateHeartbeat(const FrameHeader& header);
 
 }  // namespace moebius::wire

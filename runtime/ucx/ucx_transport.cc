@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
+#include <list>
 #include <utility>
 #include <vector>
 
@@ -121,7 +121,7 @@ class UcxTransport final : public Transport {
     bool sender_blocked = false;
     uint32_t sends_in_flight = 0;
     absl::Status why;
-    std::deque<Incoming> incoming;
+    std::list<Incoming> incoming;
   };
   // Owns what a send reads until UCX is done with it.
   struct SendSlot {
@@ -163,6 +163,9 @@ class UcxTransport final : public Transport {
   std::vector<SendSlot*> free_slots_;
   std::vector<ucp_conn_request_h> requests_;
   std::vector<void*> closing_;  // endpoint close requests
+  // Records of frames already reported, for the next ones: a list, because UCX holds their
+  // addresses while a rendezvous runs, and because splicing allocates nothing.
+  std::list<Incoming> spare_;
   ConnectionId next_id_ = 1;
 };
 
@@ -396,7 +399,9 @@ ucs_status_t UcxTransport::OnMessage(void* self, const void* header, size_t head
         absl::StrCat("frame of ", header_length, " header and ", length, " payload bytes"));
     return UCS_OK;
   }
-  connection->incoming.emplace_back();
+  if (transport->spare_.empty()) transport->spare_.emplace_back();
+  connection->incoming.splice(connection->incoming.end(), transport->spare_,
+                              transport->spare_.begin());
   Incoming& incoming = connection->incoming.back();
   std::memcpy(&incoming.header, header, sizeof(incoming.header));
   incoming.length = length;
@@ -456,8 +461,7 @@ bool UcxTransport::Fetch(Connection& connection, Incoming& incoming) {
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.recv_am = &UcxTransport::OnFetchDone;
-  param.user_data =
-      &incoming;  // deque elements keep their address while others come and go at the ends
+  param.user_data = &incoming;
   incoming.fetching = true;
   const ucs_status_ptr_t request = ucp_am_recv_data_nbx(
       worker_.get(), incoming.descriptor, incoming.buffer.data(), incoming.length, &param);
@@ -496,7 +500,8 @@ void UcxTransport::Pump(Connection& connection, std::vector<TransportEvent>& eve
     event.frame.header = front.header;
     event.frame.payload = std::move(front.buffer);
     events.push_back(std::move(event));
-    connection.incoming.pop_front();
+    front = Incoming();
+    spare_.splice(spare_.begin(), connection.incoming, connection.incoming.begin());
   }
   if (connection.sender_blocked && !connection.broken &&
       connection.sends_in_flight <= options_.max_sends_per_connection / 2) {

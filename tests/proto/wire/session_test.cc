@@ -42,13 +42,13 @@ TEST(Hello, NamesWhatIsWrong) {
   EXPECT_FALSE(ParseHello({}, &parsed).ok());
 }
 
-TEST(Heartbeat, IsWholeAndNumbered) {
-  HeartbeatRecord record;
-  HeartbeatRecord parsed;
-  EXPECT_FALSE(ParseHeartbeat(Bytes(record), &parsed).ok());
-  record.number = 4;
-  EXPECT_TRUE(ParseHeartbeat(Bytes(record), &parsed).ok());
-  EXPECT_FALSE(ParseHeartbeat({}, &parsed).ok());
+TEST(Heartbeat, IsNumberedAndBare) {
+  FrameHeader header;
+  EXPECT_NE(ValidateHeartbeat(header).message().find("correlation"), std::string::npos);
+  header.correlation = 4;
+  EXPECT_TRUE(ValidateHeartbeat(header).ok());
+  header.payload_bytes = 16;
+  EXPECT_NE(ValidateHeartbeat(header).message().find("payload_bytes"), std::string::npos);
 }
 
 TEST(Route, ChecksCountsAndSizes) {
