@@ -22,24 +22,32 @@ inline constexpr int kQueryRows = 4, kQueryVectors = 4;
 inline constexpr int kQueryRows = 4, kQueryVectors = 1;
 #endif
 
-// Sixteen weights of kv_b at [row, col], rounded to BF16 after the scale.
-struct KvB {
-  explicit KvB(const MatrixView& w) : view(w), blocks(CeilDiv(w.cols, kQuantBlock)) {}
+// The k_nope rows of one head in kv_b, each weight rounded to BF16 after the scale.
+class KeyWeights {
+ public:
+  KeyWeights(const MatrixView& kv_b, int64_t first_row, int64_t rows)
+      : kv_b_(kv_b), first_row_(first_row), blocks_(CeilDiv(kv_b.cols, kQuantBlock)) {
+    has_nan_ =
+        kv_b.dtype == DType::kE4m3 && HasNanCode(Codes(first_row * kv_b.cols), rows * kv_b.cols);
+  }
 
-  HWY_INLINE F32x16 LoadAt(int64_t row, int64_t col, int64_t count) const {
-    const int64_t at = row * view.cols + col;
-    if (view.dtype == DType::kBf16) {
-      const Bf16* from = reinterpret_cast<const Bf16*>(view.data) + at;
+  // Sixteen weights (or the last `count`) of row d from column `col`, a multiple of 16.
+  HWY_INLINE F32x16 LoadAt(int64_t d, int64_t col, int64_t count) const {
+    const int64_t row = first_row_ + d, at = row * kv_b_.cols + col;
+    if (kv_b_.dtype == DType::kBf16) {
+      const Bf16* from = reinterpret_cast<const Bf16*>(kv_b_.data) + at;
       return count == kLanes ? LoadBf16(from) : LoadBf16Tail(from, count);
     }
-    const E4m3* from = reinterpret_cast<const E4m3*>(view.data) + at;
+    const E4m3* from = Codes(at);
     const F32x16 decoded = count == kLanes ? DecodeDiv256(from) : DecodeDiv256Tail(from, count);
     // Sixteen columns from a multiple of 16 lie in one 128-block.
-    const float scale = view.scale_inv[row / kQuantBlock * blocks + col / kQuantBlock];
+    const float scale = kv_b_.scale_inv[row / kQuantBlock * blocks_ + col / kQuantBlock];
     const F32x16 weight = RoundBf16(Mul(decoded, Set(scale * kDecodedE4m3Scale)));
-    if (HasNanCode(from, count)) return WithNan(weight, from, count);
-    return weight;
+    return HWY_UNLIKELY(has_nan_) ? WithNan(weight, from, count) : weight;
   }
+
+ private:
+  const E4m3* Codes(int64_t at) const { return reinterpret_cast<const E4m3*>(kv_b_.data) + at; }
 
   static HWY_NOINLINE F32x16 WithNan(const F32x16& weight, const E4m3* codes, int64_t count) {
     alignas(64) float lanes[kLanes];
@@ -50,17 +58,17 @@ struct KvB {
     return Load(lanes);
   }
 
-  const MatrixView& view;
-  int64_t blocks;
+  const MatrixView& kv_b_;
+  const int64_t first_row_;
+  const int64_t blocks_;
+  bool has_nan_;
 };
 
 // Rows [row, row + kRows) at columns [col, col + kVectors * 16) (the last vector: `count` of them).
 template <int kRows, int kVectors>
-HWY_NOINLINE void QueryLatentTile(const QueryLatentArgs& args, int64_t row, int64_t head,
-                                  int64_t col, int64_t count) {
+HWY_NOINLINE void QueryLatentTile(const QueryLatentArgs& args, const KeyWeights& keys, int64_t row,
+                                  int64_t head, int64_t col, int64_t count) {
   const MlaDims& dims = args.dims;
-  const KvB kv_b(args.kv_b);
-  const int64_t first = head * (dims.qk_nope_head_dim + dims.v_head_dim);
   const int64_t q_stride = dims.num_heads * dims.q_head_dim();
   const Bf16* q = args.q + row * q_stride + head * dims.q_head_dim();
   F32x16 acc[kRows][kVectors];
@@ -75,8 +83,7 @@ HWY_NOINLINE void QueryLatentTile(const QueryLatentArgs& args, int64_t row, int6
     for (int i = 0; i < kRows; ++i) query[i] = Set(ToFloat(q[i * q_stride + d]));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const F32x16 weight =
-          kv_b.LoadAt(first + d, col + v * kLanes, v + 1 == kVectors ? count : kLanes);
+      const F32x16 weight = keys.LoadAt(d, col + v * kLanes, v + 1 == kVectors ? count : kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) acc[i][v] = Fma(query[i], weight, acc[i][v]);
     }
@@ -96,24 +103,27 @@ HWY_NOINLINE void QueryLatentTile(const QueryLatentArgs& args, int64_t row, int6
 }
 
 template <int kRows>
-void QueryLatentRows(const QueryLatentArgs& args, int64_t row, int64_t head) {
+void QueryLatentRows(const QueryLatentArgs& args, const KeyWeights& keys, int64_t row,
+                     int64_t head) {
   const int64_t rank = args.dims.kv_lora_rank;
   int64_t col = 0;
   for (; col + kQueryVectors * kLanes <= rank; col += kQueryVectors * kLanes) {
-    QueryLatentTile<kRows, kQueryVectors>(args, row, head, col, kLanes);
+    QueryLatentTile<kRows, kQueryVectors>(args, keys, row, head, col, kLanes);
   }
   for (; col < rank; col += kLanes) {
-    QueryLatentTile<kRows, 1>(args, row, head, col, HWY_MIN(rank - col, kLanes));
+    QueryLatentTile<kRows, 1>(args, keys, row, head, col, HWY_MIN(rank - col, kLanes));
   }
 }
 
 void QueryLatent(const QueryLatentArgs& args, int64_t row_begin, int64_t row_end, int64_t head) {
+  const MlaDims& dims = args.dims;
+  const KeyWeights keys(args.kv_b, head * (dims.qk_nope_head_dim + dims.v_head_dim),
+                        dims.qk_nope_head_dim);
   int64_t row = row_begin;
   for (; row + kQueryRows <= row_end; row += kQueryRows) {
-    QueryLatentRows<kQueryRows>(args, row, head);
+    QueryLatentRows<kQueryRows>(args, keys, row, head);
   }
-  for (; row < row_end; ++row) QueryLatentRows<1>(args, row, head);
-  const MlaDims& dims = args.dims;
+  for (; row < row_end; ++row) QueryLatentRows<1>(args, keys, row, head);
   for (row = row_begin; row < row_end; ++row) {
     const int64_t at = row * dims.num_heads + head;
     std::memcpy(args.q_latent + at * dims.latent_dim() + dims.kv_lora_rank,

@@ -27,6 +27,7 @@
 #include <limits>
 
 #include "base/float_formats.h"
+#include "base/tensor_view.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -137,25 +138,41 @@ HWY_INLINE void StoreRoundedBf16(const F32x16& v, Bf16* to) {
 HWY_INLINE F32x16 DecodeDiv256(const E4m3* from) {
   return ForParts([&](int p) HWY_ATTR {
     const hn::Rebind<int16_t, FloatTag> i16;
-    const HalfwordTag u16;
-    const auto codes =
-        hn::LoadU(ByteTag(), reinterpret_cast<const uint8_t*>(from) + p * kPartLanes);
-    const auto high = hn::BitCast(i16, hn::ShiftLeft<8>(hn::PromoteTo(u16, codes)));
-    const auto half = hn::And(hn::BitCast(u16, hn::ShiftRight<1>(high)), hn::Set(u16, 0xBF80));
+    const hn::Rebind<int8_t, FloatTag> i8;
+    const auto codes = hn::LoadU(i8, reinterpret_cast<const int8_t*>(from) + p * kPartLanes);
+    // The sign in bits 15 to 7, then moved up so that it fills 15 and 14; 14 is cleared.
+    const auto high = hn::ShiftLeft<7>(hn::PromoteTo(i16, codes));
+    const auto half = hn::And(high, hn::Set(i16, static_cast<int16_t>(0xBFFF)));
     return hn::PromoteTo(FloatTag(), hn::BitCast(hn::Rebind<hwy::float16_t, FloatTag>(), half));
   });
 }
 
-// Whether any of `count` (a multiple of 16) codes is NaN (0x7F or 0xFF).
-HWY_INLINE bool HasNanCodeFull(const E4m3* codes, int64_t count) {
+// The largest magnitude (low 7 bits) among e4m3 codes, to find NaN (0x7F, 0xFF) in many at once.
+class CodeScan {
+ public:
+  HWY_INLINE CodeScan() : largest_(hn::Zero(Wide())), magnitude_(hn::Set(Wide(), uint8_t{0x7F})) {}
+  // REQUIRES: count is a multiple of the register's size in bytes (kStep).
+  HWY_INLINE void Add(const E4m3* codes, int64_t count) {
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(codes);
+    for (int64_t k = 0; k < count; k += kStep) {
+      largest_ = hn::Max(largest_, hn::And(hn::LoadU(Wide(), from + k), magnitude_));
+    }
+  }
+  HWY_INLINE bool HasNan() const { return !hn::AllFalse(Wide(), hn::Eq(largest_, magnitude_)); }
+
+ private:
+  using Wide = hn::ScalableTag<uint8_t>;
+  static constexpr int64_t kStep = HWY_MAX_BYTES;
+  hn::Vec<Wide> largest_;
+  const hn::Vec<Wide> magnitude_;
+};
+
+// Whether any of 16 codes is NaN.
+HWY_INLINE bool HasNanCode16(const E4m3* codes) {
   const hn::CappedTag<uint8_t, 16> d;
   const auto magnitude = hn::Set(d, uint8_t{0x7F});
-  auto largest = hn::Zero(d);
-  for (int64_t k = 0; k < count; k += 16) {
-    const auto v = hn::LoadU(d, reinterpret_cast<const uint8_t*>(codes) + k);
-    largest = hn::Max(largest, hn::And(v, magnitude));
-  }
-  return !hn::AllFalse(d, hn::Eq(largest, magnitude));
+  const auto v = hn::LoadU(d, reinterpret_cast<const uint8_t*>(codes));
+  return !hn::AllFalse(d, hn::Eq(hn::And(v, magnitude), magnitude));
 }
 
 // Saturating e4m3 codes of 16 floats, nearest even, as ToE4m3.
@@ -285,11 +302,20 @@ inline F32x16 DecodeDiv256(const E4m3* from) {
     return ToFloat(code) / 256.0f;
   });
 }
-inline bool HasNanCodeFull(const E4m3* codes, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) {
-    if ((codes[k].bits & 0x7F) == 0x7F) return true;
+class CodeScan {
+ public:
+  void Add(const E4m3* codes, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) has_nan_ = has_nan_ || (codes[k].bits & 0x7F) == 0x7F;
   }
-  return false;
+  bool HasNan() const { return has_nan_; }
+
+ private:
+  bool has_nan_ = false;
+};
+inline bool HasNanCode16(const E4m3* codes) {
+  CodeScan scan;
+  scan.Add(codes, kLanes);
+  return scan.HasNan();
 }
 inline void StoreE4m3(const F32x16& v, E4m3* to) {
   for (int l = 0; l < kLanes; ++l) to[l] = ToE4m3(v.lane[l]);
@@ -371,12 +397,15 @@ HWY_INLINE void StoreE4m3Tail(const F32x16& v, E4m3* to, int64_t count) {
   std::memcpy(to, lanes, static_cast<size_t>(count));
 }
 
-// Whether any of `count` codes is NaN. Kernels that decode with DecodeDiv256 ask this once per
-// block of weights and make the affected outputs NaN.
+// Whether any of `count` codes is NaN. Kernels that decode with DecodeDiv256 ask this (or a
+// CodeScan) once per block of weights and make the affected outputs NaN.
 HWY_INLINE bool HasNanCode(const E4m3* codes, int64_t count) {
-  const int64_t full = count - count % kLanes;
-  bool found = HasNanCodeFull(codes, full);
-  for (int64_t k = full; k < count; ++k) found = found || (codes[k].bits & 0x7F) == 0x7F;
+  int64_t k = count - count % kQuantBlock;
+  CodeScan scan;
+  scan.Add(codes, k);
+  bool found = scan.HasNan();
+  for (; k + kLanes <= count; k += kLanes) found = found || HasNanCode16(codes + k);
+  for (; k < count; ++k) found = found || (codes[k].bits & 0x7F) == 0x7F;
   return found;
 }
 

@@ -26,9 +26,14 @@ constexpr bool IsE4m3(WeightKind kind) {
 // changes no chain, so it may differ between targets and with M.
 #if HWY_TARGET == HWY_AVX3
 inline constexpr int kMaxTileRows = 4, kTileOuts = 4, kTileOutsOneRow = 8;
+inline constexpr int kPanelTileRows = 4, kPanelOuts = 4;
 #else
 inline constexpr int kMaxTileRows = 2, kTileOuts = 2, kTileOutsOneRow = 4;
+inline constexpr int kPanelTileRows = 1, kPanelOuts = 5;
 #endif
+// Rows from which decoding a panel of e4m3 weights to float32 once for all of them pays, and rows
+// whose sums a panel's pass keeps.
+inline constexpr int64_t kMinPanelRows = 5, kMaxPanelRows = 32;
 
 template <WeightKind kKind, int kRows, int kOuts>
 struct Tile {
@@ -78,14 +83,14 @@ struct Tile {
   HWY_INLINE void Step(int64_t k, int64_t count, const float (&block_scale)[kOuts],
                        F32x16 (&acc)[kRows][kOuts]) const {
     F32x16 lanes[kRows];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       lanes[i] = kTail ? LoadBf16Tail(x[i] + k, count) : LoadBf16(x[i] + k);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int o = 0; o < kOuts; ++o) {
       const F32x16 weight = LoadWeight<kTail>(o, k, count, block_scale[o]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) acc[i][o] = Fma(lanes[i], weight, acc[i][o]);
     }
   }
@@ -97,10 +102,25 @@ struct Tile {
     if (k < end) Step<true>(k, end - k, block_scale, acc);
   }
 
+  // Sets has_nan[o] if W[o] has a NaN code in [begin, end), a block.
+  HWY_INLINE void FindNan(int64_t begin, int64_t end, bool (&has_nan)[kOuts]) const {
+    if (end - begin == kQuantBlock) {
+      CodeScan scan;
+#pragma GCC unroll 16
+      for (int o = 0; o < kOuts; ++o) {
+        scan.Add(reinterpret_cast<const E4m3*>(w[o]) + begin, kQuantBlock);
+      }
+      if (HWY_LIKELY(!scan.HasNan())) return;
+    }
+    for (int o = 0; o < kOuts; ++o) {
+      has_nan[o] |= HasNanCode(reinterpret_cast<const E4m3*>(w[o]) + begin, end - begin);
+    }
+  }
+
   static HWY_INLINE void SetZero(F32x16 (&acc)[kRows][kOuts]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int o = 0; o < kOuts; ++o) acc[i][o] = Zero();
     }
   }
@@ -117,20 +137,18 @@ struct Tile {
       for (int64_t block = 0; block * kQuantBlock < k_end; ++block) {
         const int64_t begin = block * kQuantBlock;
         const int64_t end = HWY_MIN(begin + kQuantBlock, k_end);
-        for (int o = 0; o < kOuts; ++o) {
-          has_nan[o] |= HasNanCode(reinterpret_cast<const E4m3*>(w[o]) + begin, end - begin);
-          block_scale[o] = scale[o][block] * kDecodedE4m3Scale;
-        }
+        FindNan(begin, end, has_nan);
+        for (int o = 0; o < kOuts; ++o) block_scale[o] = scale[o][block] * kDecodedE4m3Scale;
         if constexpr (kKind == WeightKind::kE4m3Rounded) {
           Span(begin, end, block_scale, acc);
         } else {
           F32x16 part[kRows][kOuts];
           SetZero(part);
           Span(begin, end, block_scale, part);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int i = 0; i < kRows; ++i) {
             const float* x_scales = args.x_scales == nullptr ? nullptr : args.x_scales[row + i];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int o = 0; o < kOuts; ++o) {
               const float s =
                   x_scales == nullptr ? block_scale[o] : x_scales[block] * block_scale[o];
@@ -140,9 +158,9 @@ struct Tile {
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int o = 0; o < kOuts; ++o) {
         float sum = ReduceAdd(acc[i][o]);
         if (has_nan[o]) sum = std::numeric_limits<float>::quiet_NaN();
@@ -160,6 +178,129 @@ struct Tile {
 template <WeightKind kKind, int kRows, int kOuts>
 HWY_NOINLINE void RunTile(const LinearArgs& args, int64_t row, int64_t n) {
   Tile<kKind, kRows, kOuts>(args, row, n).Run();
+}
+
+// kPanelOuts outputs of e4m3 weights for many rows: each 128-block of the weights is decoded once,
+// into float32 in the first-level cache, and read from there by every row. The chains are Tile's.
+template <WeightKind kKind>
+class Panel {
+ public:
+  Panel(const LinearArgs& args, int64_t n) : args_(args), n_(n) {}
+
+  // Rows [row, row + count), count <= kMaxPanelRows.
+  void Run(int64_t row, int64_t count) {
+    const int64_t k_end = args_.weight.cols;
+    for (int64_t i = 0; i < count * kPanelOuts; ++i) Store(Zero(), acc_[i]);
+    for (bool& has_nan : has_nan_) has_nan = false;
+    for (int64_t block = 0; block * kQuantBlock < k_end; ++block) {
+      const int64_t begin = block * kQuantBlock;
+      const int64_t size = HWY_MIN(kQuantBlock, k_end - begin);
+      Decode(block, begin, size);
+      int64_t i = 0;
+      for (; i + kPanelTileRows <= count; i += kPanelTileRows) {
+        Multiply<kPanelTileRows>(row, i, block, begin, size);
+      }
+      for (; i < count; ++i) Multiply<1>(row, i, block, begin, size);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t o = 0; o < kPanelOuts; ++o) {
+        const float sum = has_nan_[o] ? std::numeric_limits<float>::quiet_NaN()
+                                      : ReduceAdd(Load(acc_[i * kPanelOuts + o]));
+        const int64_t at = (row + i) * args_.out_stride + (n_ + o - args_.n_origin);
+        if (args_.out_f32 != nullptr) {
+          args_.out_f32[at] = sum;
+        } else {
+          args_.out_bf16[at] = ToBf16(sum);
+        }
+      }
+    }
+  }
+
+ private:
+  void Decode(int64_t block, int64_t begin, int64_t size) {
+    const int64_t blocks = CeilDiv(args_.weight.cols, kQuantBlock);
+    for (int64_t o = 0; o < kPanelOuts; ++o) {
+      const E4m3* from =
+          reinterpret_cast<const E4m3*>(args_.weight.data) + (n_ + o) * args_.weight.cols + begin;
+      scale_[o] =
+          args_.weight.scale_inv[(n_ + o) / kQuantBlock * blocks + block] * kDecodedE4m3Scale;
+      const F32x16 scale = Set(scale_[o]);
+      ForLaneSteps(size, [&](int64_t k, int64_t count) HWY_ATTR {
+        F32x16 v = count == kLanes ? DecodeDiv256(from + k) : DecodeDiv256Tail(from + k, count);
+        if (kKind == WeightKind::kE4m3Rounded) v = RoundBf16(Mul(v, scale));
+        Store(v, panel_[o] + k);
+      });
+      has_nan_[o] |= HasNanCode(from, size);
+    }
+  }
+
+  template <int kRows>
+  HWY_INLINE void Multiply(int64_t row, int64_t i, int64_t block, int64_t begin, int64_t size) {
+    F32x16 part[kRows][kPanelOuts];
+    const Bf16* x[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = args_.x[row + i + r] + begin;
+#pragma GCC unroll 16
+      for (int o = 0; o < kPanelOuts; ++o) {
+        part[r][o] =
+            kKind == WeightKind::kE4m3Rounded ? Load(acc_[(i + r) * kPanelOuts + o]) : Zero();
+      }
+    }
+    int64_t k = 0;
+    for (; k + kLanes <= size; k += kLanes) {
+      F32x16 lanes[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) lanes[r] = LoadBf16(x[r] + k);
+      Step<kRows>(k, lanes, part);
+    }
+    if (k < size) {
+      F32x16 lanes[kRows];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) lanes[r] = LoadBf16Tail(x[r] + k, size - k);
+      Step<kRows>(k, lanes, part);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const float* x_scales = args_.x_scales == nullptr ? nullptr : args_.x_scales[row + i + r];
+#pragma GCC unroll 16
+      for (int o = 0; o < kPanelOuts; ++o) {
+        float* acc = acc_[(i + r) * kPanelOuts + o];
+        if (kKind == WeightKind::kE4m3Rounded) {
+          Store(part[r][o], acc);
+        } else {
+          const float s = x_scales == nullptr ? scale_[o] : x_scales[block] * scale_[o];
+          Store(Fma(Set(s), part[r][o], Load(acc)), acc);
+        }
+      }
+    }
+  }
+
+  template <int kRows>
+  HWY_INLINE void Step(int64_t k, const F32x16 (&lanes)[kRows],
+                       F32x16 (&part)[kRows][kPanelOuts]) const {
+#pragma GCC unroll 16
+    for (int o = 0; o < kPanelOuts; ++o) {
+      const F32x16 weight = Load(panel_[o] + k);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) part[r][o] = Fma(lanes[r], weight, part[r][o]);
+    }
+  }
+
+  const LinearArgs& args_;
+  const int64_t n_;
+  bool has_nan_[kPanelOuts];
+  float scale_[kPanelOuts];
+  alignas(64) float panel_[kPanelOuts][kQuantBlock];
+  alignas(64) float acc_[kMaxPanelRows * kPanelOuts][kLanes];
+};
+
+template <WeightKind kKind>
+HWY_NOINLINE void RunPanel(const LinearArgs& args, int64_t row, int64_t row_end, int64_t n) {
+  Panel<kKind> panel(args, n);
+  for (; row < row_end; row += kMaxPanelRows) {
+    panel.Run(row, HWY_MIN(kMaxPanelRows, row_end - row));
+  }
 }
 
 // All rows for outputs [n, n + kOuts).
@@ -181,6 +322,13 @@ void LinearOf(const LinearArgs& args, int64_t row_begin, int64_t row_end, int64_
   if (row_end - row_begin == 1) {
     for (; n + kTileOutsOneRow <= n_end; n += kTileOutsOneRow) {
       RunTile<kKind, 1, kTileOutsOneRow>(args, row_begin, n);
+    }
+  }
+  if constexpr (IsE4m3(kKind)) {
+    if (row_end - row_begin >= kMinPanelRows) {
+      for (; n + kPanelOuts <= n_end; n += kPanelOuts) {
+        RunPanel<kKind>(args, row_begin, row_end, n);
+      }
     }
   }
   for (; n + kTileOuts <= n_end; n += kTileOuts) {

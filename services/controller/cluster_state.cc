@@ -97,7 +97,7 @@ bool ClusterState::Tick(int64_t now_ms) {
         published_.push_back(PublishedHost{node, incarnation, worker.data_address, worker.share});
       }
       plan_pending_ = false;
-      ++epoch_;
+      epoch_ = std::max(epoch_, options_.first_epoch) + 1;
       ++version_;
     }
   }

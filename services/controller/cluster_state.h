@@ -50,6 +50,9 @@ struct ClusterOptions {
   PlanInput plan;
   std::string model_digest;
   uint32_t expected_experts = 1;  // the first placement waits for so many
+  // Epochs start above it. A later controller must start above every epoch of an earlier one,
+  // because routers ignore placements that are not newer than theirs.
+  uint64_t first_epoch = 0;
   int64_t lease_ms = 3000;
   int64_t settle_ms = 300;  // quiet time before a changed set of workers is planned for
 };

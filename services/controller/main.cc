@@ -33,7 +33,11 @@ int Run(const ServiceFlags& flags) {
     LOG_ERROR(host.status().ToString());
     return 1;
   }
-  ControlService control(MakeClusterOptions(**host, flags), FreshIncarnation());
+  // One number, taken from the clock, orders controllers and the epochs they publish.
+  const uint64_t term = FreshIncarnation();
+  ClusterOptions options = MakeClusterOptions(**host, flags);
+  options.first_epoch = term;
+  ControlService control(std::move(options), term);
   absl::StatusOr<RunningServer> server = StartServer(flags.listen, {&control});
   if (!server.ok()) {
     LOG_ERROR(server.status().ToString());

@@ -90,6 +90,17 @@ TEST(ClusterState, ANewIncarnationIsGivenItsOrderAgain) {
       << "the zombie is fenced";
 }
 
+TEST(ClusterState, ALaterControllersEpochsAreNewer) {
+  ClusterOptions options = Options(1);
+  options.first_epoch = 1000;
+  ClusterState state(options);
+  ASSERT_TRUE(state.Renew(Expert(1), 0).ok());
+  state.Tick(1);
+  RenewDone(state, Expert(1), 2);
+  state.Tick(3);
+  EXPECT_EQ(state.epoch(), 1001u);
+}
+
 TEST(ClusterState, AWorkerOfAnotherModelIsRefused) {
   ClusterState state(Options(1));
   WorkerRecord stranger = Expert(1);

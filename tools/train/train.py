@@ -265,7 +265,8 @@ def main():
     seconds = time.monotonic() - began
     summary = {"steps": step, "tokens": trained, "seconds": round(seconds, 1), "warm_at": warm_at, "from": args.start,
                "to": args.end, "length": args.length, "batch": batch, "seed": args.seed, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-               "held_out": watched, "tokens_per_second": round(trained / max(seconds - (warm_at or 0), 1e-9))}
+               "held_out": watched, "tokens_per_second": round(trained / max(seconds - (warm_at or 0), 1e-9)),
+               "arguments": {name: str(value) for name, value in vars(args).items()}}
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary), flush=True)
     for w in workers:

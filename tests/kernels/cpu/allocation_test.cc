@@ -1,48 +1,13 @@
 // After warm-up no operation allocates, on any number of threads: the global operator new of this
 // binary counts.
 
-#include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/allocation_counter.h"
 #include "tests/kernels/cpu/forwarding_backend.h"
 #include "tests/kernels/cpu/row_ops.h"
-
-namespace {
-
-std::atomic<int64_t> allocations{0};
-
-void* Allocate(size_t size, size_t alignment) {
-  allocations.fetch_add(1, std::memory_order_relaxed);
-  void* data = nullptr;
-  if (posix_memalign(&data, alignment < sizeof(void*) ? sizeof(void*) : alignment,
-                     size == 0 ? 1 : size) != 0) {
-    std::abort();
-  }
-  return data;
-}
-
-}  // namespace
-
-void* operator new(size_t size) { return Allocate(size, alignof(std::max_align_t)); }
-void* operator new[](size_t size) { return Allocate(size, alignof(std::max_align_t)); }
-void* operator new(size_t size, std::align_val_t alignment) {
-  return Allocate(size, static_cast<size_t>(alignment));
-}
-void* operator new[](size_t size, std::align_val_t alignment) {
-  return Allocate(size, static_cast<size_t>(alignment));
-}
-void operator delete(void* data) noexcept { std::free(data); }
-void operator delete[](void* data) noexcept { std::free(data); }
-void operator delete(void* data, size_t) noexcept { std::free(data); }
-void operator delete[](void* data, size_t) noexcept { std::free(data); }
-void operator delete(void* data, std::align_val_t) noexcept { std::free(data); }
-void operator delete[](void* data, std::align_val_t) noexcept { std::free(data); }
-void operator delete(void* data, size_t, std::align_val_t) noexcept { std::free(data); }
-void operator delete[](void* data, size_t, std::align_val_t) noexcept { std::free(data); }
 
 namespace moebius::kernels::cpu {
 namespace {
@@ -54,8 +19,8 @@ class CountingBackend final : public ForwardingBackend {
   int64_t count() const { return count_; }
 
  protected:
-  void BeforeCall() override { before_ = allocations.load(); }
-  void AfterCall() override { count_ += allocations.load() - before_; }
+  void BeforeCall() override { before_ = testing_support::allocations.load(); }
+  void AfterCall() override { count_ += testing_support::allocations.load() - before_; }
 
  private:
   int64_t before_ = 0;

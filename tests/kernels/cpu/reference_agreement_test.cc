@@ -343,6 +343,38 @@ TEST_F(ReferenceAgreement, RopeAndCacheAndMlaAttention) {
   }
 }
 
+TEST_F(ReferenceAgreement, NanWeightCodesOfKvBReachTheHeadTheyBelongTo) {
+  const MlaDims dims{.num_heads = 4,
+                     .qk_nope_head_dim = 16,
+                     .qk_rope_head_dim = 8,
+                     .v_head_dim = 16,
+                     .kv_lora_rank = 40};
+  RandomMatrix kv_b(prng_, DType::kE4m3, 4 * 32, 40);
+  kv_b.mutable_data()[(1 * 32 + 3) * 40 + 37] = std::byte{0x7F};      // K of head 1
+  kv_b.mutable_data()[(2 * 32 + 16 + 5) * 40 + 2] = std::byte{0xFF};  // V of head 2, output 5
+  const std::vector<Bf16> q = RandomBf16(prng_, 6 * 4 * dims.q_head_dim());
+  const std::vector<Bf16> cache = RandomBf16(prng_, kCacheBlockTokens * dims.latent_dim());
+  const int32_t block = 0;
+  std::vector<SequenceRow> rows;
+  for (int32_t t = 0; t < 6; ++t) rows.push_back({t * 9, &block});
+  const auto [ours, theirs] = Both<Bf16>(6 * 4 * 16, [&](Backend& backend, Bf16* out) {
+    return backend.MlaAttention({.m = 6,
+                                 .dims = dims,
+                                 .q = q.data(),
+                                 .kv_b = kv_b.view(),
+                                 .softmax_scale = 0.2f,
+                                 .rows = rows.data(),
+                                 .cache = cache.data(),
+                                 .out = out});
+  });
+  for (size_t i = 0; i < ours.size(); ++i) {
+    const size_t head = i / 16 % 4;
+    const bool nan = head == 1 || (head == 2 && i % 16 == 5);
+    EXPECT_EQ(std::isnan(ToFloat(ours[i])), nan) << i;
+    EXPECT_EQ(std::isnan(ToFloat(theirs[i])), nan) << i;
+  }
+}
+
 TEST_F(ReferenceAgreement, SampleAndDigest) {
   constexpr int64_t kVocab = 300, kStride = 307, kRows = 400;
   const std::vector<float> logits = RandomFloats(prng_, kRows * kStride, 3.0f);

@@ -3,9 +3,7 @@
 // new incarnation.
 
 #include <chrono>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,35 +13,7 @@
 #include "gtest/gtest.h"
 #include "runtime/node.h"
 #include "runtime/ucx/ucx_transport.h"
-
-namespace {
-
-bool counting = false;  // one thread
-uint64_t allocations = 0;
-
-void* CountedAllocation(size_t size, size_t alignment) {
-  if (counting) ++allocations;
-  void* memory =
-      alignment <= alignof(std::max_align_t)
-          ? std::malloc(size == 0 ? 1 : size)
-          : std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) std::abort();
-  return memory;
-}
-
-}  // namespace
-
-void* operator new(size_t size) { return CountedAllocation(size, 1); }
-void* operator new[](size_t size) { return CountedAllocation(size, 1); }
-void* operator new(size_t size, std::align_val_t alignment) {
-  return CountedAllocation(size, static_cast<size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+#include "tests/allocation_counter.h"
 
 namespace moebius::runtime {
 namespace {
@@ -162,13 +132,12 @@ TEST(UcxNode, TheDataPathAllocatesNothingOnceWarm) {
       if (client.actor->links.size() > 1) return;  // down: fails below
     }
   };
-  counting = true;
+  const int64_t cold = testing_support::allocations.load();
   run(2000);
-  EXPECT_GT(allocations, 0u) << "the counter must see the warm-up";
-  allocations = 0;
+  const int64_t warm = testing_support::allocations.load();
+  EXPECT_GT(warm, cold) << "the counter must see the warm-up";
   run(2000);
-  counting = false;
-  EXPECT_EQ(allocations, 0u);
+  EXPECT_EQ(testing_support::allocations.load(), warm);
   ASSERT_EQ(client.actor->links.size(), 1u) << client.actor->links.back().reason;
   EXPECT_GE(client.actor->answers, 4000u);
   EXPECT_EQ(client.node->counters().checksum_failures, 0u);
