@@ -503,6 +503,10 @@ void UcxTransport::Pump(Connection& connection, std::vector<TransportEvent>& eve
     front = Incoming();
     spare_.splice(spare_.begin(), connection.incoming, connection.incoming.begin());
   }
+  // What is left waits for a buffer, or for a frame before it that does.
+  if (connection.incoming.size() > options_.max_waiting_frames && !connection.broken) {
+    Break(connection, absl::ResourceExhaustedError("too many frames wait for buffers"));
+  }
   if (connection.sender_blocked && !connection.broken &&
       connection.sends_in_flight <= options_.max_sends_per_connection / 2) {
     connection.sender_blocked = false;

@@ -29,6 +29,9 @@ struct UcxOptions {
   std::string bind_address = "127.0.0.1:0";
   // Sends in flight per connection; then Send says kBusy.
   uint32_t max_sends_per_connection = 64;
+  // Frames of one connection that may wait for a pool buffer; more close it. Peers that keep to
+  // their credits stay far below.
+  uint32_t max_waiting_frames = 1024;
   // Frames with a larger payload close their connection.
   uint64_t max_payload_bytes = 64 << 20;
 };

@@ -2,10 +2,13 @@
 // counted; what UCX, a C library, keeps in its own pools is its affair), and a restarted peer is a
 // new incarnation.
 
+#include <atomic>
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -45,6 +48,36 @@ class Echo final : public Actor {
   uint64_t answered = 0;
 };
 
+// The same by way of a compute thread, one frame at a time.
+class ComputingEcho final : public Actor {
+ public:
+  void Receive(Message message, Context& context) override {
+    if (auto* received = std::get_if<FrameReceived>(&message)) {
+      waiting_.push_back(std::move(*received));
+      if (waiting_.size() == 1) Begin(context);
+    } else if (std::get_if<ComputeDone>(&message) != nullptr) {
+      FrameReceived done = std::move(waiting_.front());
+      waiting_.pop_front();
+      Frame answer;
+      answer.header.type = static_cast<uint16_t>(wire::FrameType::kTest);
+      answer.payload = std::move(done.frame.payload);
+      EXPECT_EQ(context.Send(done.from, answer), SendResult::kSent);
+      if (!waiting_.empty()) Begin(context);
+    }
+  }
+
+ private:
+  void Begin(Context& context) {
+    context.Submit(
+        [payload = waiting_.front().frame.payload.span()] {
+          for (std::byte& byte : payload) byte ^= std::byte{0xFF};
+          return absl::OkStatus();
+        },
+        0);
+  }
+  std::deque<FrameReceived> waiting_;
+};
+
 // Keeps `kWindow` frames of mixed sizes outstanding.
 class Asker final : public Actor {
  public:
@@ -59,6 +92,7 @@ class Asker final : public Actor {
       if (links.back().state == LinkState::kUp) outstanding_ = 0;
     } else if (std::get_if<FrameReceived>(&message) != nullptr) {
       ++answers;
+      answers.notify_all();
       --outstanding_;
     }
     if (links.empty() || links.back().state != LinkState::kUp) return;
@@ -83,7 +117,7 @@ class Asker final : public Actor {
     }
   }
   std::vector<LinkChanged> links;
-  uint64_t answers = 0;
+  std::atomic<uint64_t> answers{0};
 
  private:
   const std::string server_;
@@ -141,6 +175,22 @@ TEST(UcxNode, TheDataPathAllocatesNothingOnceWarm) {
   ASSERT_EQ(client.actor->links.size(), 1u) << client.actor->links.back().reason;
   EXPECT_GE(client.actor->answers, 4000u);
   EXPECT_EQ(client.node->counters().checksum_failures, 0u);
+}
+
+TEST(UcxNode, LoopsOnThreadsOfTheirOwnSleepAndWakeAndStop) {
+  Host<ComputingEcho> server(kServer, 1, "127.0.0.1:0", std::make_unique<ComputingEcho>());
+  Client client(kClient, 1, "127.0.0.1:0",
+                std::make_unique<Asker>(server.transport->ListenAddress()));
+  std::thread server_loop([&] { server.node->Run(); });
+  std::thread client_loop([&] { client.node->Run(); });
+  std::atomic<uint64_t>& answers = client.actor->answers;
+  for (uint64_t seen = answers; seen < 500; seen = answers) answers.wait(seen);
+  client.node->Stop();
+  server.node->Stop();
+  client_loop.join();
+  server_loop.join();
+  EXPECT_EQ(client.actor->links.size(), 1u);
+  EXPECT_GE(client.node->counters().frames_received, 500u);
 }
 
 TEST(UcxNode, ARestartedPeerIsDownAndThenUpAsANewIncarnation) {

@@ -94,6 +94,35 @@ TEST(UcxTransport, AProcessKilledWithSigkillClosesTheConnection) {
   waitpid(child, nullptr, 0);
 }
 
+TEST(UcxTransport, FramesThatFindNoBufferAreBounded) {
+  BufferPool server_pool({{4096, 1}});
+  BufferPool client_pool(Buffers());
+  ucx::UcxOptions options;
+  options.max_waiting_frames = 100;
+  auto opened = ucx::MakeUcxTransport(options, server_pool);
+  ASSERT_TRUE(opened.ok());
+  std::unique_ptr<Transport> server = *std::move(opened);
+  std::unique_ptr<Transport> client = Make("127.0.0.1:0", client_pool);
+  const ConnectionId connection = client->Connect(server->ListenAddress());
+  const std::optional<Buffer> taken = server_pool.Acquire(1);
+  EventLog server_log;
+  EventLog client_log;
+  for (int i = 0; i < kMaxAdvances && client_log.Find(TransportEvent::Kind::kClosed) == nullptr;
+       ++i) {
+    Frame frame;
+    frame.payload = *client_pool.Acquire(200);
+    wire::SealFrame(frame.header, frame.payload.bytes());
+    (void)client->Send(connection, frame);
+    server_log.Take(*server);
+    client_log.Take(*client);
+  }
+  ASSERT_NE(server_log.Find(TransportEvent::Kind::kClosed), nullptr);
+  EXPECT_EQ(server_log.Find(TransportEvent::Kind::kClosed)->status.code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(server_log.Count(TransportEvent::Kind::kFrame), 0u);
+  EXPECT_NE(client_log.Find(TransportEvent::Kind::kClosed), nullptr);
+}
+
 TEST(UcxTransport, ABadAddressIsAnError) {
   BufferPool pool(Buffers());
   for (const char* address : {"", "127.0.0.1", "localhost:1", "127.0.0.1:99999", "127.0.0.1:x"}) {
