@@ -3,7 +3,7 @@
 
 #include "runtime/session.h"
 
-#include <cstring>
+#include <algorithm>
 #include <deque>
 #include <functional>
 #include <string>
@@ -12,6 +12,7 @@
 
 #include "gtest/gtest.h"
 #include "runtime/sim/sim_world.h"
+#include "tests/runtime/raw_peer.h"
 
 namespace moebius::runtime {
 namespace {
@@ -24,19 +25,14 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 using wire::FrameType;
 
-constexpr NodeId kNode{1};
-constexpr NodeId kPeer{2};
-constexpr ActorId kActor = kFirstTestActor;
-constexpr uint64_t kModel = 77;
+using session_test::kActor;
+using session_test::kNode;
+using session_test::kPeer;
+using session_test::RawPeer;
 
 std::vector<BufferClass> Buffers() { return {{256, 128}, {4096, 16}}; }
 
-NodeOptions Options() {
-  NodeOptions options;
-  options.identity.model_digest = {kModel, 78};
-  options.identity.numerics_class = 9;
-  return options;
-}
+NodeOptions Options() { return session_test::Agreed(); }
 
 // Everything sent in one instant arrives in one turn.
 SimOptions FixedDelay() {
@@ -83,98 +79,6 @@ class Recorder final : public Actor {
   const std::optional<PeerInfo> connect_to_;
   ActorAddress to_;
   uint64_t left_ = 0;
-};
-
-// A peer made by hand: it says whatever a test wants it to say.
-class RawPeer {
- public:
-  RawPeer(SimWorld& world, NodeId id) : world_(world), id_(id), transport_(world.transport(id)) {}
-
-  void Dial() {
-    connection_ = transport_->Connect(SimWorld::AddressOf(kNode));
-    sequence_ = 0;
-    closed = false;
-    inbox.clear();
-    Wait();
-  }
-  void Wait(Duration time = milliseconds(2)) {
-    world_.RunFor(time);
-    std::vector<TransportEvent> events;
-    transport_->Poll(events);
-    for (TransportEvent& event : events) {
-      if (event.kind == TransportEvent::Kind::kAccepted) connection_ = event.connection;
-      if (event.connection != connection_) continue;
-      if (event.kind == TransportEvent::Kind::kClosed) closed = true;
-      if (event.kind == TransportEvent::Kind::kFrame) inbox.push_back(std::move(event.frame));
-    }
-  }
-  wire::HelloRecord GoodHello() const {
-    wire::HelloRecord hello;
-    hello.node = id_.value();
-    hello.incarnation = incarnation;
-    hello.expected_node = kNode.value();
-    hello.model_digest_low = kModel;
-    hello.model_digest_high = 78;
-    hello.numerics_class = 9;
-    hello.max_payload_bytes = 4096;
-    hello.credits = 4;
-    return hello;
-  }
-  wire::FrameHeader Header(FrameType type, uint64_t correlation) {
-    wire::FrameHeader header;
-    header.type = static_cast<uint16_t>(type);
-    header.model_digest = kModel;
-    header.source_node = id_.value();
-    header.source_incarnation = incarnation;
-    header.destination_incarnation = 1;
-    header.destination_actor = kActor.value();
-    header.correlation = correlation;
-    header.sequence = ++sequence_;
-    return header;
-  }
-  // Seals unless told not to: a test of damage wants the old checksum.
-  SendResult Send(wire::FrameHeader header, absl::Span<const std::byte> payload = {},
-                  bool seal = true) {
-    Frame frame;
-    frame.header = header;
-    if (!payload.empty()) {
-      frame.payload = *world_.pool(id_).Acquire(payload.size());
-      std::memcpy(frame.payload.data(), payload.data(), payload.size());
-    }
-    if (seal) wire::SealFrame(frame.header, frame.payload.bytes());
-    return transport_->Send(connection_, frame);
-  }
-  void SayHello(const wire::HelloRecord& hello, FrameType type = FrameType::kHello) {
-    wire::FrameHeader header = Header(type, 0);
-    header.model_digest = 0;
-    header.destination_incarnation = 0;
-    Send(header, {reinterpret_cast<const std::byte*>(&hello), sizeof(hello)});
-  }
-  // Dials and shakes hands properly.
-  void Join() {
-    Dial();
-    SayHello(GoodHello());
-    Wait();
-  }
-  size_t Received(FrameType type) const {
-    size_t count = 0;
-    for (const Frame& frame : inbox) {
-      count += frame.header.type == static_cast<uint16_t>(type) ? 1 : 0;
-    }
-    return count;
-  }
-  void Close() { transport_->Close(connection_); }
-
-  uint64_t incarnation = 5;
-  bool closed = false;
-  std::vector<Frame> inbox;
-
- private:
-  SimWorld& world_;
-  NodeId id_;
-  SimTransport* transport_;
-  ConnectionId connection_ = 0;
-  uint64_t sequence_ = 0;
 };
 
 class Session : public testing::Test {
