@@ -1,7 +1,8 @@
 #pragma once
 
 // Finds stop strings in bytes that arrive in pieces, across piece borders (also those within a code
-// point). Keeps only the tail that a match could still begin in. Owned by one sequence; loop thread only.
+// point). Keeps only the tail that a match could still begin in. Owned by one sequence; loop thread
+// only.
 
 #include <string>
 #include <vector>

@@ -1,7 +1,7 @@
 #pragma once
 
-// Replaces the global operator new of a test binary by one that counts. Include it in exactly one source of the binary
-// (the definitions below are not inline, because replacements must not be).
+// Replaces the global operator new of a test binary by one that counts. Include it in exactly one
+// source of the binary (the definitions below are not inline, because replacements must not be).
 
 #include <atomic>
 #include <cstddef>
