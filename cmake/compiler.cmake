@@ -7,12 +7,12 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
 endif()
 
-add_compile_options(-Wall -Wextra -Werror -Wshadow=local -Wno-missing-field-initializers)
+# $<COMPILE_LANGUAGE:CXX>: nvcc has its own spelling, in cuda.cmake.
+add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;-Wshadow=local;-Wno-missing-field-initializers>")
 # The row rule: g++ contracts a*b+c into fma by default, which would make bits depend on inlining.
-add_compile_options(-ffp-contract=off)
-add_compile_options(-fstack-protector-strong)
+add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off;-fstack-protector-strong>")
 if(CMAKE_BUILD_TYPE STREQUAL "Release" AND NOT MOEBIUS_SANITIZE)
-  add_compile_options(-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2)
+  add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=2>")
 endif()
 # CHECK is ours and always on; NDEBUG only silences assert() in third-party headers.
 

@@ -1,0 +1,117 @@
+#include "tests/kernels/cuda/gpu_test.h"
+
+#include <cmath>
+
+namespace moebius::kernels::cuda {
+namespace {
+
+constexpr size_t kGuard = 1024;
+constexpr uint8_t kGuardByte = 0x5a;
+constexpr uint8_t kPoisonByte = 0xcd;
+
+bool HopperPresent() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    cudaGetLastError();
+    return false;
+  }
+  int major = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+         major == 9;
+}
+
+}  // namespace
+
+void GpuTest::SetUp() {
+  static const bool present = HopperPresent();
+  if (!present) {
+    GTEST_SKIP() << "NOT TESTED ON GPU: no CUDA device of compute capability 9.0 here; "
+                    "kernels/cuda at " MOEBIUS_CUDA_HASH;
+  }
+}
+
+void GpuTest::TearDown() {
+  if (!IsSkipped()) ExpectCudaOk(cudaGetLastError(), "left over from the test");
+}
+
+void ExpectCudaOk(cudaError_t error, const char* what) {
+  EXPECT_EQ(error, cudaSuccess) << what << ": " << cudaGetErrorString(error);
+}
+
+GuardedBytes::GuardedBytes(size_t bytes) : size_(bytes), padded_((bytes + 255) / 256 * 256) {
+  ExpectCudaOk(cudaMalloc(reinterpret_cast<void**>(&allocation_), padded_ + 2 * kGuard),
+               "cudaMalloc");
+  ExpectCudaOk(cudaMemset(allocation_, kGuardByte, padded_ + 2 * kGuard), "guards");
+  data_ = allocation_ + kGuard;
+  Poison();
+}
+
+void GuardedBytes::Poison() { ExpectCudaOk(cudaMemset(data_, kPoisonByte, size_), "poison"); }
+
+GuardedBytes::~GuardedBytes() {
+  std::vector<uint8_t> all(padded_ + 2 * kGuard);
+  ExpectCudaOk(cudaMemcpy(all.data(), allocation_, all.size(), cudaMemcpyDeviceToHost), "guards");
+  size_t broken = 0, first = 0;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (i >= kGuard && i < kGuard + size_) continue;
+    if (all[i] != kGuardByte && broken++ == 0) first = i;
+  }
+  EXPECT_EQ(broken, 0u) << "writes outside of a buffer of " << size_
+                        << " bytes, the first at offset "
+                        << static_cast<int64_t>(first) - static_cast<int64_t>(kGuard);
+  cudaFree(allocation_);
+}
+
+float NormalDraw(Prng& random) {
+  const float radius = std::sqrt(-2.0f * std::log(1.0f - random.Unit()));
+  return radius * std::cos(6.2831853f * random.Unit());
+}
+
+std::vector<float> RandomFloats(Prng& random, size_t count, float scale) {
+  std::vector<float> values(count);
+  for (float& v : values) v = NormalDraw(random) * scale;
+  return values;
+}
+
+std::vector<Bf16> RandomBf16(Prng& random, size_t count, float scale) {
+  std::vector<Bf16> values(count);
+  for (Bf16& v : values) v = ToBf16(NormalDraw(random) * scale);
+  return values;
+}
+
+std::vector<E4m3> RandomE4m3(Prng& random, size_t count, float scale) {
+  std::vector<E4m3> values(count);
+  for (E4m3& v : values) v = ToE4m3(NormalDraw(random) * scale);
+  return values;
+}
+
+double RelativeDifference(const std::vector<float>& x, const std::vector<float>& y) {
+  EXPECT_EQ(x.size(), y.size());
+  double cross = 0, squares = 0;
+  for (size_t i = 0; i < x.size() && i < y.size(); ++i) {
+    cross += static_cast<double>(x[i]) * y[i];
+    squares += static_cast<double>(x[i]) * x[i] + static_cast<double>(y[i]) * y[i];
+  }
+  return squares == 0 ? 0 : 1 - 2 * cross / squares;
+}
+
+void LaunchCompetingKernel(const volatile int* stop, float* sink, cudaStream_t stream);
+
+CompetingKernel::CompetingKernel() {
+  ExpectCudaOk(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+  ExpectCudaOk(cudaHostAlloc(reinterpret_cast<void**>(&stop_), sizeof(int), cudaHostAllocMapped),
+               "flag");
+  ExpectCudaOk(cudaMalloc(reinterpret_cast<void**>(&sink_), 1 << 20), "sink");
+  *stop_ = 0;
+  LaunchCompetingKernel(stop_, sink_, stream_);
+}
+
+CompetingKernel::~CompetingKernel() {
+  *static_cast<volatile int*>(stop_) = 1;
+  ExpectCudaOk(cudaStreamSynchronize(stream_), "competing kernel");
+  cudaFree(sink_);
+  cudaFreeHost(stop_);
+  cudaStreamDestroy(stream_);
+}
+
+}  // namespace moebius::kernels::cuda
