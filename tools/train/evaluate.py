@@ -74,7 +74,7 @@ def held_out(model, packed, device):
 
 
 @torch.no_grad()
-def recall(model, packed, tokenizer, device, share):
+def recall(model, packed, tokenizer, device, share, seed):
     encode = lambda s: tokenizer.encode(s).ids  # noqa: E731
     glosses = json.loads(packed["glosses"].tobytes())
     text = np.concatenate([packed[k] for k in sorted(packed.files) if k.startswith("heldout_") and "bytes" not in k])
@@ -84,7 +84,7 @@ def recall(model, packed, tokenizer, device, share):
     grid, drafts, accepted, wrong = {}, 0, 0, []
     for length, per_cell in PROMPTS.items():
         per_cell = max(1, int(per_cell * share))
-        tasks = Tasks(length, "heldout", encode, prose, glosses)
+        tasks = Tasks(seed + length, "heldout", encode, prose, glosses)
         row = []
         for depth in range(DEPTHS):
             prompts = []
@@ -164,6 +164,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--parts", default="held_out,recall,samples")
     parser.add_argument("--share", type=float, default=1.0, help="of the recall prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of the recall prompts: another seed, other prompts")
     args = parser.parse_args()
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(args.tokenizer or str(args.model / "tokenizer.json"))
@@ -187,7 +188,7 @@ def main():
         print("BF16 activations", json.dumps(result["held_out_bf16_activations"]), flush=True)
         write()
     if "recall" in args.parts:
-        result["recall"] = recall(model, packed, tokenizer, device, args.share)
+        result["recall"] = recall(model, packed, tokenizer, device, args.share, args.seed)
         write()
     if "samples" in args.parts:
         user, assistant = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"

@@ -85,6 +85,8 @@ def export(model, out: pathlib.Path):
                 tensors[name] = tensor.to(torch.bfloat16 if kind == "bf16" else torch.float32).contiguous()
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
+    (out / "moebius.manifest.json").unlink(missing_ok=True)  # of other weights: `moebius inspect --manifest` makes it anew
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     total = sum(p.stat().st_size for p in out.iterdir())

@@ -1,8 +1,8 @@
 """Generated tasks: recall, copying, questions, spelling, sums, small talk. Unlimited and seeded.
 
 Each generator returns segments (text or token ids, weight of the loss on them). Random keys, values and facts
-have weight 0 (they cannot be predicted), answers weight 2, everything else 1. Training and held-out evaluation
-draw names from disjoint syllable sets and values from disjoint seeds.
+have weight 0 (they cannot be predicted), answers weight 2 (those of recall `recall_weight`), everything else 1.
+Training and held-out evaluation draw names from disjoint syllable sets and values from disjoint seeds.
 """
 
 import random
@@ -28,16 +28,26 @@ ADJECTIVES = "old new red blue green grey white silver golden quiet distant litt
 PLACES = "harbour mill bridge tower garden forest market station castle river valley temple island road inn".split()
 ATTRIBUTES = ["code", "password", "number", "secret word", "colour", "key", "name", "symbol"]
 COLOURS = "red blue green yellow black white orange purple brown pink".split()
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def unpronounceable(rng):
+    """Letters in any order, some syllables twice: what follows a letter can only be known by looking it up."""
+    parts = ["".join(rng.choice(LETTERS) for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+    if rng.random() < 0.3:
+        parts.append(rng.choice(parts))
+    return "".join(parts)
 
 
 def invented(rng, split):
-    """A name that does not exist. Training also draws from far more sounds, but never a name that the held-out
-    syllables could form."""
-    if split == "train" and rng.random() < 0.6:
-        while True:
-            name = "".join(rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.randint(1, 3)))
-            if HELD_OUT_NAME.fullmatch(name) is None:
-                return name
+    """A name that does not exist. Training also draws from far more sounds and from letters in any order, but never a
+    name that the held-out syllables could form."""
+    kind = rng.random() if split == "train" else 1.0
+    while kind < 0.75:
+        name = unpronounceable(rng) if kind < 0.4 else "".join(
+            rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.randint(1, 3)))
+        if HELD_OUT_NAME.fullmatch(name) is None:
+            return name
     return "".join(rng.choice(SYLLABLES[split]) for _ in range(rng.randint(2, 4)))
 
 
@@ -45,7 +55,8 @@ class Tasks:
     """Draws tasks for one split. `prose(n, rng)` gives n token ids of running text as filler; `glosses` is a list
     of (noun, definition)."""
 
-    def __init__(self, seed, split, encode, prose, glosses):
+    def __init__(self, seed, split, encode, prose, glosses, recall_share=0.22, recall_weight=2):
+        self.recall_share, self.recall_weight = recall_share, recall_weight
         self.rng = random.Random(f"{split}-{seed}")
         self.split, self.encode, self.prose = split, encode, prose
         # Held-out nouns are the last tenth of the list.
@@ -86,7 +97,8 @@ class Tasks:
         r = self.rng
         kind = r.random()
         if kind < 0.5:
-            return "".join(r.choice("0123456789") for _ in range(r.randint(3, 6)))
+            shortest, longest = (2, 8) if self.split == "train" else (3, 6)
+            return "".join(r.choice("0123456789") for _ in range(r.randint(shortest, longest)))
         if kind < 0.75:
             return invented(r, self.split)
         return r.choice(self.glosses)[0] if kind < 0.9 else r.choice(COLOURS)
@@ -96,7 +108,7 @@ class Tasks:
         in [0, 1] there is one question, its fact lies at that depth of the prose and is not overwritten; with None
         everything is drawn. Returns (segments, answers)."""
         r = self.rng
-        questions = questions or r.randint(1, 8)
+        questions = questions or r.randint(1, 16)
         questions = max(1, min(questions, tokens // 90))
         budget = max(tokens - 30 - 36 * questions, 20)
         facts = max(1, min(r.randint(2, 40), budget // 22))
@@ -157,7 +169,7 @@ class Tasks:
                 segments.append((USER, 0))
             # The name asked for cannot be guessed; the frame around it can.
             segments += [(f"{first if q == 0 else ''}What is the {attribute} of", 1), (f" {key}", 0), ("?", 1),
-                         (ASSISTANT, 1), (answer, 2), ([EOS_ID], 2)]
+                         (ASSISTANT, 1), (answer, self.recall_weight), ([EOS_ID], self.recall_weight)]
             answers.append(answer)
         return segments, answers
 
@@ -238,15 +250,15 @@ class Tasks:
         kind = r.random()
         if first and kind < 0.6:
             segments = self.recall(r.randint(most // 4, most))[0]
-        elif kind < 0.22:
+        elif r.random() < self.recall_share:
             segments = self.recall(int(60 * (most / 60) ** r.random()))[0]
-        elif kind < 0.50:
+        elif (kind := r.random()) < 0.36:
             segments = self.copying()
-        elif kind < 0.70:
+        elif kind < 0.62:
             segments = self.glossary()
-        elif kind < 0.80:
+        elif kind < 0.74:
             segments = self.spelling()
-        elif kind < 0.95:
+        elif kind < 0.94:
             segments = self.sums()
         else:
             segments = self.small_talk()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from model import Model, linear  # noqa: E402
-from tasks import Tasks  # noqa: E402
+from tasks import BOS_ID, Tasks  # noqa: E402
 
 PROSE_MIX = {1024: {"narrative": 0.38, "expository": 0.36, "technical": 0.26},
              4096: {"narrative": 0.38, "expository": 0.38, "technical": 0.24}}
@@ -50,7 +50,8 @@ class Text:
         return [int(i) for i in ids if i > 1]
 
 
-def produce(seed, data, tokenizer_file, length, mix, task_share, rows, longest, out, stop):
+def produce(seed, data, tokenizer_file, length, mix, task_share, recall, bos_share, rows, longest, out,
+            stop):
     """A worker process: puts (tokens uint16 [rows, length + 2], weights float16) on `out` for ever."""
     import os
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -59,7 +60,7 @@ def produce(seed, data, tokenizer_file, length, mix, task_share, rows, longest, 
     packed = np.load(data)
     text = Text(packed, mix)
     glosses = json.loads(packed["glosses"].tobytes())
-    tasks = Tasks(seed, "train", lambda s: tokenizer.encode(s).ids, text.filler, glosses)
+    tasks = Tasks(seed, "train", lambda s: tokenizer.encode(s).ids, text.filler, glosses, *recall)
     rng = tasks.rng
     while not stop.is_set():
         tokens = np.zeros((rows, length + 2), dtype=np.uint16)
@@ -68,6 +69,8 @@ def produce(seed, data, tokenizer_file, length, mix, task_share, rows, longest, 
             if rng.random() >= task_share:
                 tokens[row] = text.take(length + 2, rng)
                 weights[row] = 1
+                if rng.random() < bos_share:  # or a prompt of plain text would look like a task: to be copied
+                    tokens[row, 0] = BOS_ID
                 continue
             at = 0
             while at < length + 2:
@@ -163,6 +166,9 @@ def main():
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--peak-lr", type=float, default=2.5e-3)
     parser.add_argument("--task-share", type=float, default=0.4)
+    parser.add_argument("--recall-share", type=float, default=0.22, help="of the tasks that do not begin a row")
+    parser.add_argument("--recall-weight", type=float, default=2, help="of the loss on recall's answers; text has 1")
+    parser.add_argument("--bos-share", type=float, default=0.5, help="of the rows of text begin with bos, as prompts do")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--watch", type=int, default=4, help="held-out windows per source to watch, 0 for none")
     parser.add_argument("--min-rate", type=float, default=0, help="give up below this many tokens a second")
@@ -184,8 +190,8 @@ def main():
     held = held_out_windows(args.data, device, args.watch)
     mix = PROSE_MIX[4096 if args.length > 1024 else 1024]
     workers = [ctx.Process(target=produce, daemon=True, args=(
-        args.seed * 1000 + i + int(args.start * 1e6), args.data, args.tokenizer, args.length, mix, args.task_share, rows,
-        longest, produced, stop)) for i in range(args.workers)]
+        args.seed * 1000 + i + int(args.start * 1e6), args.data, args.tokenizer, args.length, mix, args.task_share,
+        (args.recall_share, args.recall_weight), args.bos_share, rows, longest, produced, stop)) for i in range(args.workers)]
     for w in workers:
         w.start()
 

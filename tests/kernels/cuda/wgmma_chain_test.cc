@@ -90,8 +90,9 @@ TEST_F(WgmmaChainTest, AnOrderThatDependsOnTheColumnIsSeen) {
 }
 
 TEST_F(WgmmaChainTest, ChainAgreesWithExactSums) {
-  // Tiles of kinds 0 to 3 have no NaN. One 128-sum of products of 4-bit significands, added in the
-  // tensor cores' narrow accumulator, is close to the exact sum, not equal to it.
+  // Tiles of kinds 0 to 3 have no NaN. The tensor cores align the 32 products and the accumulator
+  // of a step to the largest of them and keep 13 bits below it (what others have measured of
+  // Hopper), so a step errs by less than 33 units of 2^-12 of the largest number it met.
   std::vector<uint8_t> weights(5 * kTileBytes), tokens(5 * kTileBytes);
   std::vector<float> sums(5 * kTileOutputs);
   ASSERT_CUDA_OK(cudaMemcpy(weights.data(), weights_, weights.size(), cudaMemcpyDeviceToHost));
@@ -108,15 +109,15 @@ TEST_F(WgmmaChainTest, ChainAgreesWithExactSums) {
               static_cast<double>(ToFloat(E4m3{weights[tile * kTileBytes + row * 128 + k]})) *
               ToFloat(E4m3{tokens[tile * kTileBytes + token * 128 + k]});
           exact += product;
-          size = std::max(size, std::abs(product));
+          size = std::max({size, std::abs(product), std::abs(exact)});
         }
         if (size == 0) continue;
         const double found = sums[tile * kTileOutputs + token * 256 + row];
         worst = std::max(worst, std::abs(found - exact) / size);
       }
     }
-    std::printf("kind %d: largest error over the largest product %.3g\n", tile, worst);
-    EXPECT_LT(worst, 0x1p-8) << "kind " << tile;
+    std::printf("kind %d: largest error over the largest number met %.3g\n", tile, worst);
+    EXPECT_LT(worst, 4 * 33 * 0x1p-12) << "kind " << tile;
   }
 }
 
