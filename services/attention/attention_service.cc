@@ -239,7 +239,7 @@ StatusServiceImpl::Counters AttentionProcess::ReadCounters() const {
 }
 
 void AttentionProcess::Drain() {
-  server_.SetServing(false);
+  server_.StopServing();
   controller_->Leave();
   auto drained = std::make_shared<std::promise<void>>();
   std::future<void> done = drained->get_future();

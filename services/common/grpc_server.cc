@@ -34,13 +34,22 @@ absl::StatusOr<Pem> ReadPem(const ListenOptions& options) {
 
 }  // namespace
 
-RunningServer::RunningServer() = default;
+RunningServer::RunningServer() : health_(std::make_unique<Health>()) {}
 RunningServer::RunningServer(RunningServer&&) noexcept = default;
 RunningServer& RunningServer::operator=(RunningServer&&) noexcept = default;
 RunningServer::~RunningServer() = default;
 
 void RunningServer::SetServing(bool serving) {
+  std::lock_guard<std::mutex> lock(health_->mutex);
+  if (health_->stopped || health_->told == serving) return;
+  health_->told = serving;
   server->GetHealthCheckService()->SetServingStatus(serving);
+}
+
+void RunningServer::StopServing() {
+  std::lock_guard<std::mutex> lock(health_->mutex);
+  health_->stopped = true;
+  server->GetHealthCheckService()->SetServingStatus(false);
 }
 
 absl::Status CheckBindPolicy(const ListenOptions& options) {

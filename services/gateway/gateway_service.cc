@@ -218,7 +218,7 @@ void Gateway::Drain() {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     draining_ = true;
-    server_.SetServing(false);
+    server_.StopServing();
     idle_.wait_for(lock, std::chrono::seconds(30), [this] { return in_flight_ == 0; });
   }
   controller_->Stop();
