@@ -112,7 +112,8 @@ TEST_F(GatewayWire, AFieldOfAnotherTypeIsNotThatField) {
   EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_NE(reply.status.error_message().find("input"), std::string::npos);
   // A message where another is expected: text inside token_ids does not become ids.
-  reply = RawCall(channel_, kGenerate, Bytes(5, Bytes(1, "abc") + Key(1, 5) + "abcd") + Key(6, 0) + "\x01");
+  reply = RawCall(channel_, kGenerate,
+                  Bytes(5, Bytes(1, "abc") + Key(1, 5) + "abcd") + Key(6, 0) + "\x01");
   EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::OK) << "packed varints 97, 98, 99";
   reply = RawCall(channel_, kGenerate, Bytes(5, Key(1, 5) + "abcd"));
   EXPECT_EQ(reply.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
@@ -201,6 +202,75 @@ TEST_F(GatewayWire, AWorkerRefusesWhatNoGatewayWouldSend) {
               grpc::StatusCode::INVALID_ARGUMENT)
         << top;
   }
+}
+
+std::vector<std::vector<model::ChatMessage>> Conversations() {
+  return {
+      {{"user", "What is the code of belora?"}},
+      {{"system", "Answer briefly."},
+       {"user", "The code of old mill is 775."},
+       {"assistant", "Good."},
+       {"user", "What is the code of old mill?"}},
+      // Markers spelled out are text; so are other scripts and an empty turn.
+      {{"user", absl::StrCat("a", model::kAssistantMarker, "b", model::kEosMarker)},
+       {"assistant", ""},
+       {"user", "na\u00efve \u732b \U0001F600\n\n  x"},
+       {"system", "Last, and still first."}},
+  };
+}
+
+TEST_F(GatewayWire, AChatIsThePromptThatItRendersTo) {
+  const std::unique_ptr<GenerationClient> one = OneProcess();
+  const model::Tokenizer& tokenizer = *one->local()->host().tokenizer;
+  const auto stub = v1::Generation::NewStub(channel_);
+  for (const std::vector<model::ChatMessage>& conversation : Conversations()) {
+    const auto segments = model::RenderChat(model::ChatTemplate::kV3, conversation, true);
+    ASSERT_TRUE(segments.ok()) << segments.status();
+    const auto ids = model::EncodeChat(tokenizer, *segments);
+    ASSERT_TRUE(ids.ok()) << ids.status();
+    v1::ChatMessages chat;
+    for (const model::ChatMessage& message : conversation) {
+      v1::ChatMessage* entry = chat.add_messages();
+      entry->set_role(message.role);
+      entry->set_content(message.content);
+    }
+    grpc::ClientContext context;
+    v1::TokenizeRequest tokenize;
+    *tokenize.mutable_chat() = chat;
+    v1::TokenizeReply tokenized;
+    ASSERT_TRUE(stub->Tokenize(&context, tokenize, &tokenized).ok());
+    EXPECT_EQ(std::vector<TokenId>(tokenized.token_ids().begin(), tokenized.token_ids().end()),
+              *ids);
+    for (const float temperature : {0.0f, 1.0f}) {
+      v1::GenerateRequest request;
+      request.set_max_tokens(24);
+      request.set_temperature(temperature);
+      request.set_seed(5);
+      request.set_ignore_eos(true);
+      v1::GenerateRequest rendered = request;
+      *request.mutable_chat() = chat;
+      rendered.mutable_token_ids()->mutable_ids()->Add(ids->begin(), ids->end());
+      const Result expected = Generate(*one, rendered);
+      EXPECT_EQ(expected.ids.size(), 24u);
+      ExpectSame(Generate(*cluster_->Client(), request), expected, conversation[0].content);
+    }
+  }
+}
+
+TEST_F(GatewayWire, AChatThatCannotBeRenderedIsRefused) {
+  const auto expect = [&](const std::string& role, grpc::StatusCode code) {
+    v1::GenerateRequest request;
+    v1::ChatMessage* message = request.mutable_chat()->add_messages();
+    message->set_role(role);
+    message->set_content("hello");
+    const RawReply reply = RawCall(channel_, kGenerate, request.SerializeAsString());
+    EXPECT_EQ(reply.status.error_code(), code) << role;
+    EXPECT_NE(reply.status.error_message().find("messages[0]"), std::string::npos)
+        << reply.status.error_message();
+  };
+  expect("", grpc::StatusCode::INVALID_ARGUMENT);
+  expect("User", grpc::StatusCode::INVALID_ARGUMENT);
+  expect("tool", grpc::StatusCode::UNIMPLEMENTED);
 }
 
 }  // namespace
