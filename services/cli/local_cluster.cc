@@ -102,6 +102,9 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
     process.arguments = {cluster.binaries_ + "/moebius-" + binary, "--model", options.model,
                          "--port-file", process.port_file};
     process.arguments.insert(process.arguments.end(), arguments.begin(), arguments.end());
+    if (const auto more = options.role_flags.find(binary); more != options.role_flags.end()) {
+      process.arguments.insert(process.arguments.end(), more->second.begin(), more->second.end());
+    }
     cluster.processes_.push_back(std::move(process));
     return cluster.processes_.back();
   };

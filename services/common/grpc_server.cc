@@ -89,6 +89,8 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
   int port = 0;
   builder.AddListeningPort(options.address, credentials, &port);
   builder.SetMaxReceiveMessageSize(16 << 20);
+  // The bound of what waits for a slow reader is a stream's own queue, not gRPC's buffers.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, 4096);
   // Two servers on one port would split the clients between them without a word.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   for (grpc::Service* service : services) builder.RegisterService(service);

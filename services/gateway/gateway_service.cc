@@ -41,6 +41,7 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const ServiceFlags& flag
   gateway->limits_.default_deadline_ms = flags.default_deadline_ms;
   gateway->credentials_ = flags.listen;
   gateway->max_in_flight_ = flags.max_in_flight;
+  gateway->writes_ = std::make_unique<WriteWatch>(std::chrono::milliseconds(flags.write_stall_ms));
   // Request numbers of two gateways, or of one that restarted, must not meet in a worker.
   gateway->next_request_ = FreshNodeId() << 20 | 1;
   gateway->status_ = std::make_unique<StatusServiceImpl>(
@@ -82,8 +83,10 @@ void Gateway::OnView(const v1::ClusterView& view) {
 
 StatusServiceImpl::Counters Gateway::ReadCounters() {
   v1::ClusterView view;
-  StatusServiceImpl::Counters counters{
-      {"requests", requests_.load()}, {"tokens_out", tokens_.load()}, {"refused", refused_.load()}};
+  StatusServiceImpl::Counters counters{{"requests", requests_.load()},
+                                       {"tokens_out", tokens_.load()},
+                                       {"refused", refused_.load()},
+                                       {"slow_clients_cut", slow_clients_.load()}};
   {
     std::lock_guard<std::mutex> lock(mutex_);
     view = view_;
@@ -144,6 +147,11 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   // Cancelling the client's call cancels the worker's; its deadline travels on.
   std::unique_ptr<grpc::ClientContext> upstream = grpc::ClientContext::FromServerContext(*context);
   auto reader = (*ticket)->stub().Generate(upstream.get(), *resolved);
+  WriteWatch::Stream watched(*writes_, [this, context, id] {
+    ++slow_clients_;
+    LOG_WARNING(absl::StrCat("request ", id, ": the client does not read, cut off"));
+    context->TryCancel();
+  });
   std::unique_ptr<model::StreamDecoder> decoder;
   if (host_->tokenizer != nullptr) {
     decoder = std::make_unique<model::StreamDecoder>(*host_->tokenizer, /*skip_special=*/true);
@@ -172,7 +180,10 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
       event.mutable_usage()->set_completion_tokens(completion_tokens);
       event.mutable_usage()->set_preemptions(token.preemptions());
     }
-    if (!writer->Write(event)) {
+    watched.BeginWrite();
+    const bool written = writer->Write(event);
+    watched.EndWrite();
+    if (!written) {
       upstream->TryCancel();
       break;
     }

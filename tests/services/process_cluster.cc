@@ -37,6 +37,7 @@ int MillisecondsUntil(steady_clock::time_point end) {
 }  // namespace
 
 const char* const kTestModel = MOEBIUS_SOURCE_DIR "/models/moebius-tiny";
+const char* const kRandomModel = MOEBIUS_SOURCE_DIR "/tests/golden/kimi-k2";
 
 ScopedFolder::ScopedFolder() {
   static std::atomic<int> counter{0};
@@ -50,7 +51,7 @@ ScopedFolder::~ScopedFolder() {
 }
 
 ScopedCluster::ScopedCluster(LocalClusterOptions options) {
-  options.model = kTestModel;
+  if (options.model.empty()) options.model = kTestModel;
   options.listen = "127.0.0.1:0";
   options.binaries = MOEBIUS_BINARIES;
   options.state_dir = folder_.path();
@@ -244,9 +245,9 @@ v1::GenerateRequest MakeRequest(int i, int64_t max_tokens) {
   return request;
 }
 
-std::unique_ptr<GenerationClient> OneProcess() {
+std::unique_ptr<GenerationClient> OneProcess(const char* model) {
   ClientFlags flags;
-  flags.model = kTestModel;
+  flags.model = model;
   absl::StatusOr<std::unique_ptr<GenerationClient>> client = GenerationClient::Open(flags);
   EXPECT_TRUE(client.ok()) << client.status();
   return *std::move(client);

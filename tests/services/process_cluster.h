@@ -22,6 +22,8 @@ namespace moebius::services {
 
 // The trained checkpoint: it has a tokenizer.
 extern const char* const kTestModel;
+// Two layers of random weights, 256 ids, no tokenizer: thousands of tokens a second.
+extern const char* const kRandomModel;
 
 // A folder that no other test uses, removed at the end unless the test failed.
 class ScopedFolder {
@@ -37,7 +39,7 @@ class ScopedFolder {
 };
 
 // A cluster of this test's own, ready when the constructor returns, drained by the destructor.
-// Model, address, binaries and state directory are set here.
+// Model (if none is named), address, binaries and state directory are set here.
 class ScopedCluster {
  public:
   explicit ScopedCluster(LocalClusterOptions options);
@@ -113,7 +115,7 @@ Result Generate(GenerationClient& client, const v1::GenerateRequest& request);
 v1::GenerateRequest MakeRequest(int i, int64_t max_tokens = 24);
 
 // A whole cluster in this process: what every other must equal.
-std::unique_ptr<GenerationClient> OneProcess();
+std::unique_ptr<GenerationClient> OneProcess(const char* model = kTestModel);
 // MakeRequest(0) .. MakeRequest(count - 1) in one process.
 std::vector<Result> Yardstick(int count, int64_t max_tokens = 24);
 
