@@ -56,7 +56,8 @@ struct RunningServer {
 absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
                                           const std::vector<grpc::Service*>& services);
 
-// A channel to a peer under the same credentials.
+// A channel to a peer under the same credentials. If they are incomplete or cannot be read, every
+// call over it fails; it never falls back to plain text.
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
                                            const ListenOptions& options);
 
