@@ -212,8 +212,10 @@ void AttentionProcess::OnView(const v1::ClusterView& view) {
     }
     (void)data_->node().Post(runtime::kRouter, router::PlacementUpdate{std::move(placement)});
   }
-  server_.SetServing(view.complete());
-  controller_->SetReady(view.complete());
+  // A controller that has just started knows less than we do.
+  complete_ = view.complete() || (!view.settled() && complete_);
+  server_.SetServing(complete_);
+  controller_->SetReady(complete_);
 }
 
 StatusServiceImpl::Counters AttentionProcess::ReadCounters() const {

@@ -59,6 +59,7 @@ class AttentionProcess {
   std::unique_ptr<AttentionRpc> rpc_;
   std::unique_ptr<StatusServiceImpl> status_;
   RunningServer server_;
+  bool complete_ = false;  // the watching thread's: every expert has a host
   std::unique_ptr<ControllerClient> controller_;
 };
 

@@ -69,6 +69,8 @@ class LocalCluster {
   const std::vector<Process>& processes() const { return processes_; }
 
  private:
+  // Its restarts take this address, not another free port.
+  static void KeepListening(Process& process, const std::string& address);
   absl::Status Launch(Process& process);
   absl::StatusOr<std::string> AwaitAddress(Process& process, std::chrono::seconds limit);
   bool Alive(Process& process);

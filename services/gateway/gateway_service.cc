@@ -60,10 +60,12 @@ Gateway::~Gateway() = default;
 
 void Gateway::OnView(const v1::ClusterView& view) {
   std::lock_guard<std::mutex> lock(mutex_);
-  complete_ = view.complete();
+  // A controller that has just started knows less than we do: what it does not list yet stays.
+  complete_ = view.complete() || (!view.settled() && complete_);
   view_ = view;
-  for (auto& [node, backend] : backends_) backend.ready = false;
-  bool any = false;
+  if (view.settled()) {
+    for (auto& [node, backend] : backends_) backend.ready = false;
+  }
   for (const v1::Worker& worker : view.workers()) {
     if (worker.role() != v1::ROLE_ATTENTION) continue;
     Backend& backend = backends_[worker.node()];
@@ -72,11 +74,12 @@ void Gateway::OnView(const v1::ClusterView& view) {
       backend.stub = v1::AttentionService::NewStub(MakeChannel(backend.address, credentials_));
     }
     backend.ready = worker.ready();
-    any = any || backend.ready;
   }
   std::erase_if(backends_, [](const auto& entry) {
     return !entry.second.ready && entry.second.in_flight == 0;
   });
+  const bool any = std::any_of(backends_.begin(), backends_.end(),
+                               [](const auto& entry) { return entry.second.ready; });
   // Ready means: a token can be made now.
   server_.SetServing(any && complete_ && !draining_);
 }
@@ -96,6 +99,7 @@ StatusServiceImpl::Counters Gateway::ReadCounters() {
     counters["in_flight"] = static_cast<uint64_t>(in_flight_);
   }
   counters["placement_epoch"] = view.epoch();
+  counters["controller_settled"] = view.settled() ? 1 : 0;
   counters["expert_workers_ready"] = 0;
   counters["attention_workers_ready"] = 0;
   for (const v1::Worker& worker : view.workers()) {
