@@ -5,6 +5,7 @@
 #include <chrono>
 #include <future>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -15,8 +16,6 @@
 namespace moebius::services {
 namespace {
 
-// Token events a stream may lag behind before its request is cancelled.
-constexpr size_t kStreamLag = 8192;
 constexpr std::chrono::milliseconds kCancelPoll(100);
 
 v1::FinishReason ToProto(attention_worker::FinishReason reason) {
@@ -40,7 +39,15 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
                                     const v1::ResolvedRequest* request,
                                     grpc::ServerWriter<v1::WorkerToken>* writer) {
   using attention_worker::TokenEvent;
-  auto queue = std::make_shared<EventQueue<TokenEvent>>(kStreamLag);
+  const auto cancel = [this, id = RequestId(request->request())] {
+    (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{id});
+  };
+  // Whoever reads too slowly is cut off where it stands, in the middle of a write too.
+  auto queue = std::make_shared<EventQueue<TokenEvent>>(stream_lag_, [cancel, context] {
+    cancel();
+    context->TryCancel();
+  });
+  const auto close = absl::MakeCleanup([queue] { queue->Close(); });
   attention_worker::Submit submit;
   submit.request = RequestId(request->request());
   submit.prompt.assign(request->prompt().begin(), request->prompt().end());
@@ -55,10 +62,6 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
   submit.on_token = [queue](const TokenEvent& event) { queue->Push(event); };
   const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
   if (!posted.ok()) return ToGrpc(posted);
-  const auto cancel = [&] {
-    (void)node_->Post(runtime::kAttentionWorker,
-                      attention_worker::Cancel{RequestId(request->request())});
-  };
   while (true) {
     const std::optional<TokenEvent> event = queue->Pop(kCancelPoll);
     if (context->IsCancelled() || queue->overflowed()) {
@@ -164,7 +167,7 @@ absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
   node.AddActor(runtime::kRouter, std::move(router));
   process->data_->Start();
 
-  process->rpc_ = std::make_unique<AttentionRpc>(&node);
+  process->rpc_ = std::make_unique<AttentionRpc>(&node, static_cast<size_t>(flags.stream_lag));
   process->status_ = std::make_unique<StatusServiceImpl>(
       "attention", node.id().value(), [raw = process.get()] { return raw->ReadCounters(); });
   ASSIGN_OR_RETURN(process->server_,
@@ -209,8 +212,10 @@ void AttentionProcess::OnView(const v1::ClusterView& view) {
     }
     (void)data_->node().Post(runtime::kRouter, router::PlacementUpdate{std::move(placement)});
   }
-  server_.SetServing(view.complete());
-  controller_->SetReady(view.complete());
+  // A controller that has just started knows less than we do.
+  complete_ = view.complete() || (!view.settled() && complete_);
+  server_.SetServing(complete_);
+  controller_->SetReady(complete_);
 }
 
 StatusServiceImpl::Counters AttentionProcess::ReadCounters() const {
@@ -239,7 +244,7 @@ StatusServiceImpl::Counters AttentionProcess::ReadCounters() const {
 }
 
 void AttentionProcess::Drain() {
-  server_.SetServing(false);
+  server_.StopServing();
   controller_->Leave();
   auto drained = std::make_shared<std::promise<void>>();
   std::future<void> done = drained->get_future();

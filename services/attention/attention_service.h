@@ -24,7 +24,8 @@ namespace moebius::services {
 // in flight.
 class AttentionRpc final : public v1::AttentionService::Service {
  public:
-  explicit AttentionRpc(runtime::Node* node) : node_(node) {}
+  // `stream_lag`: token events that a stream may lag behind before it is cut off (CANCELLED).
+  AttentionRpc(runtime::Node* node, size_t stream_lag) : node_(node), stream_lag_(stream_lag) {}
   grpc::Status Generate(grpc::ServerContext* context, const v1::ResolvedRequest* request,
                         grpc::ServerWriter<v1::WorkerToken>* writer) override;
   grpc::Status Score(grpc::ServerContext* context, const v1::ResolvedScore* request,
@@ -32,6 +33,7 @@ class AttentionRpc final : public v1::AttentionService::Service {
 
  private:
   runtime::Node* const node_;
+  const size_t stream_lag_;
 };
 
 class AttentionProcess {
@@ -57,6 +59,7 @@ class AttentionProcess {
   std::unique_ptr<AttentionRpc> rpc_;
   std::unique_ptr<StatusServiceImpl> status_;
   RunningServer server_;
+  bool complete_ = false;  // the watching thread's: every expert has a host
   std::unique_ptr<ControllerClient> controller_;
 };
 

@@ -10,15 +10,16 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "model/file_io.h"
-#include "model/json_value.h"
 #include "moebius/v1/worker.grpc.pb.h"
-#include "nlohmann/json.hpp"
+#include "services/cli/cluster_file.h"
 #include "services/common/grpc_server.h"
 
 namespace moebius::services {
@@ -36,42 +37,20 @@ std::string DefaultStateDir(const std::string& listen) {
   return absl::StrCat(base, "/moebius/", absl::StrReplaceAll(listen, {{":", "_"}, {"/", "_"}}));
 }
 
-bool ProcessExists(pid_t pid) { return pid > 0 && (kill(pid, 0) == 0 || errno == EPERM); }
+std::string ReadProc(pid_t pid, const char* name) {
+  std::ifstream file(absl::StrCat("/proc/", pid, "/", name), std::ios::binary);
+  return std::string(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+}
 
-struct SavedProcess {
-  std::string name;
-  pid_t pid;
-};
-struct SavedCluster {
-  std::string gateway, controller;
-  std::vector<SavedProcess> processes;
-};
-
-// cluster.json is outside bytes like any file: read strictly.
-absl::StatusOr<SavedCluster> Load(const std::string& path) {
-  ASSIGN_OR_RETURN(const std::string text, model::ReadSmallFile(path, 1 << 20));
-  ASSIGN_OR_RETURN(const model::JsonValue json, model::ParseJson(text));
-  SavedCluster saved;
-  const model::JsonValue* gateway = json.Find("gateway");
-  const model::JsonValue* controller = json.Find("controller");
-  const model::JsonValue* list = json.Find("processes");
-  if (gateway == nullptr || gateway->AsString() == nullptr || controller == nullptr ||
-      controller->AsString() == nullptr || list == nullptr || list->AsArray() == nullptr) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": gateway, controller or processes is missing"));
-  }
-  saved.gateway = *gateway->AsString();
-  saved.controller = *controller->AsString();
-  for (const model::JsonValue& item : *list->AsArray()) {
-    const model::JsonValue* name = item.Find("name");
-    const model::JsonValue* pid = item.Find("pid");
-    if (name == nullptr || name->AsString() == nullptr || pid == nullptr ||
-        pid->AsUint() == nullptr || *pid->AsUint() > INT32_MAX) {
-      return absl::InvalidArgumentError(absl::StrCat(path, ": a process without name or pid"));
-    }
-    saved.processes.push_back({*name->AsString(), static_cast<pid_t>(*pid->AsUint())});
-  }
-  return saved;
+// True if `pid` is a process that was started with this port file. A number from a file may have
+// been given to somebody else's process since, or be one that has ended and that nobody reaps.
+bool RunsWithPortFile(pid_t pid, const std::string& port_file) {
+  if (pid <= 0) return false;
+  const std::string stat = ReadProc(pid, "stat");
+  const size_t name_end = stat.rfind(") ");
+  if (name_end == std::string::npos || stat[name_end + 2] == 'Z') return false;
+  const std::vector<std::string> arguments = absl::StrSplit(ReadProc(pid, "cmdline"), '\0');
+  return std::find(arguments.begin(), arguments.end(), port_file) != arguments.end();
 }
 
 }  // namespace
@@ -102,6 +81,9 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
     process.arguments = {cluster.binaries_ + "/moebius-" + binary, "--model", options.model,
                          "--port-file", process.port_file};
     process.arguments.insert(process.arguments.end(), arguments.begin(), arguments.end());
+    if (const auto more = options.role_flags.find(binary); more != options.role_flags.end()) {
+      process.arguments.insert(process.arguments.end(), more->second.begin(), more->second.end());
+    }
     cluster.processes_.push_back(std::move(process));
     return cluster.processes_.back();
   };
@@ -121,10 +103,12 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
     }
   };
 
-  const absl::StatusOr<SavedCluster> saved = Load(dir + "/cluster.json");
+  const absl::StatusOr<SavedCluster> saved = ReadClusterFile(dir + "/cluster.json");
   const bool running =
-      saved.ok() && std::any_of(saved->processes.begin(), saved->processes.end(),
-                                [](const SavedProcess& p) { return ProcessExists(p.pid); });
+      saved.ok() &&
+      std::any_of(saved->processes.begin(), saved->processes.end(), [&](const SavedProcess& p) {
+        return RunsWithPortFile(p.pid, absl::StrCat(dir, "/", p.name, ".address"));
+      });
   if (running && !options.adopt) {
     return absl::AlreadyExistsError(absl::StrCat("a cluster runs at ", saved->gateway, " (", dir,
                                                  "); --adopt supervises it, or stop it first"));
@@ -137,6 +121,7 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
       for (const SavedProcess& old : saved->processes) {
         if (old.name == process.name) process.pid = old.pid;
       }
+      if (process.name == "gateway") cluster.KeepListening(process, saved->gateway);
     }
     cluster.say_(absl::StrCat("adopted ", saved->processes.size(), " processes"));
     return cluster;
@@ -153,17 +138,19 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
     if (process.name == "controller") {
       ASSIGN_OR_RETURN(cluster.controller_address_,
                        cluster.AwaitAddress(process, std::chrono::seconds(30)));
-      *(std::find(process.arguments.begin(), process.arguments.end(), "--listen") + 1) =
-          cluster.controller_address_;
+      cluster.KeepListening(process, cluster.controller_address_);
     } else if (process.name == "gateway") {
       ASSIGN_OR_RETURN(cluster.gateway_address_,
                        cluster.AwaitAddress(process, std::chrono::seconds(30)));
-      *(std::find(process.arguments.begin(), process.arguments.end(), "--listen") + 1) =
-          cluster.gateway_address_;
+      cluster.KeepListening(process, cluster.gateway_address_);
     }
   }
   RETURN_IF_ERROR(cluster.Save());
   return cluster;
+}
+
+void LocalCluster::KeepListening(Process& process, const std::string& address) {
+  *(std::find(process.arguments.begin(), process.arguments.end(), "--listen") + 1) = address;
 }
 
 absl::Status LocalCluster::Launch(Process& process) {
@@ -206,7 +193,7 @@ bool LocalCluster::Alive(Process& process) {
     }
     return true;
   }
-  return ProcessExists(process.pid);
+  return RunsWithPortFile(process.pid, process.port_file);
 }
 
 absl::StatusOr<std::string> LocalCluster::AwaitAddress(Process& process,
@@ -226,14 +213,9 @@ absl::StatusOr<std::string> LocalCluster::AwaitAddress(Process& process,
 }
 
 absl::Status LocalCluster::Save() const {
-  nlohmann::json json;
-  json["gateway"] = gateway_address_;
-  json["controller"] = controller_address_;
-  json["processes"] = nlohmann::json::array();
-  for (const Process& process : processes_) {
-    json["processes"].push_back({{"name", process.name}, {"pid", process.pid}});
-  }
-  return model::ReplaceFile(options_.state_dir + "/cluster.json", json.dump(1));
+  SavedCluster saved{gateway_address_, controller_address_, {}};
+  for (const Process& process : processes_) saved.processes.push_back({process.name, process.pid});
+  return model::ReplaceFile(options_.state_dir + "/cluster.json", WriteClusterFile(saved));
 }
 
 absl::Status LocalCluster::WaitReady(std::chrono::seconds limit) {

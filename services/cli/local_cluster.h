@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,8 @@ struct LocalClusterOptions {
   int prefill_chunk = 128;
   int num_blocks = 256;
   int max_running = 64;
+  // More flags of every process of a role ("gateway", "attention", ...).
+  std::map<std::string, std::vector<std::string>> role_flags;
   int restarts_per_minute = 5;  // of one process; over it, it is left down
 };
 
@@ -66,6 +69,8 @@ class LocalCluster {
   const std::vector<Process>& processes() const { return processes_; }
 
  private:
+  // Its restarts take this address, not another free port.
+  static void KeepListening(Process& process, const std::string& address);
   absl::Status Launch(Process& process);
   absl::StatusOr<std::string> AwaitAddress(Process& process, std::chrono::seconds limit);
   bool Alive(Process& process);

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <iostream>
-#include <iterator>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
@@ -34,8 +33,13 @@ absl::StatusOr<std::vector<TokenId>> ParseTokenIds(absl::string_view json) {
 absl::StatusOr<std::vector<TokenId>> ReadTokenIds(const std::string& path) {
   constexpr uint64_t kLimit = 64 << 20;
   if (path == "-") {
-    const std::string text((std::istreambuf_iterator<char>(std::cin)),
-                           std::istreambuf_iterator<char>());
+    std::string text;
+    for (char block[4096]; std::cin.read(block, sizeof(block)) || std::cin.gcount() > 0;) {
+      text.append(block, static_cast<size_t>(std::cin.gcount()));
+      if (text.size() > kLimit) {
+        return absl::InvalidArgumentError("token ids: standard input is larger than 64 MiB");
+      }
+    }
     return ParseTokenIds(text);
   }
   ASSIGN_OR_RETURN(const std::string text, model::ReadSmallFile(path, kLimit));

@@ -40,6 +40,9 @@ ServiceFlags ParseFlagsOrExit(ServiceRole role, int argc, char** argv) {
         ->check(CLI::Range(1, 1 << 24));
     app.add_option("--max-running", flags.max_running, "sequences aboard at once")
         ->check(CLI::Range(1, 512));
+    app.add_option("--stream-lag", flags.stream_lag,
+                   "tokens that a stream's reader may lag behind before it is cut off")
+        ->check(CLI::Range(1, 1 << 20));
   }
   if (role == ServiceRole::kController) {
     app.add_option("--expected-experts", flags.expected_experts,
@@ -49,6 +52,9 @@ ServiceFlags ParseFlagsOrExit(ServiceRole role, int argc, char** argv) {
   if (role == ServiceRole::kGateway) {
     app.add_option("--max-in-flight", flags.max_in_flight)->check(CLI::Range(1, 100000));
     app.add_option("--default-deadline-ms", flags.default_deadline_ms)
+        ->check(CLI::Range(1, 86'400'000));
+    app.add_option("--write-stall-ms", flags.write_stall_ms,
+                   "how long a client may leave a token unread before it is cut off")
         ->check(CLI::Range(1, 86'400'000));
   }
   try {

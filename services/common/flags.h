@@ -22,11 +22,13 @@ struct ServiceFlags {
   int prefill_chunk = 128;
   int num_blocks = 256;
   int max_running = 64;
+  int stream_lag = 8192;
   // Controller.
   uint32_t expected_experts = 1;
   // Gateway.
   int max_in_flight = 256;
   int64_t default_deadline_ms = 600'000;
+  int64_t write_stall_ms = 30'000;
 };
 
 enum class ServiceRole { kController, kGateway, kAttention, kExpert };

@@ -1,22 +1,32 @@
 #include "services/common/grpc_server.h"
 
+#include <arpa/inet.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "base/log.h"
 #include "base/status_macros.h"
 #include "model/file_io.h"
 
 namespace moebius::services {
 namespace {
 
-bool HasTls(const ListenOptions& options) { return !options.tls_cert.empty(); }
+// Any of the three: a part of them is a mistake to be told, never a wish for plain text.
+bool WantsTls(const ListenOptions& options) {
+  return !options.tls_cert.empty() || !options.tls_key.empty() || !options.tls_ca.empty();
+}
 
+// A literal address, or the name that every machine keeps for it: "127.example.org" is anywhere.
 bool IsLoopback(const std::string& address) {
-  return absl::StartsWith(address, "127.") || absl::StartsWith(address, "localhost:") ||
-         absl::StartsWith(address, "[::1]:") || absl::StartsWith(address, "unix:");
+  if (absl::StartsWith(address, "unix:") || absl::StartsWith(address, "localhost:") ||
+      absl::StartsWith(address, "[::1]:"))
+    return true;
+  in_addr parsed;
+  return inet_pton(AF_INET, address.substr(0, address.rfind(':')).c_str(), &parsed) == 1 &&
+         ntohl(parsed.s_addr) >> 24 == 127;
 }
 
 struct Pem {
@@ -34,18 +44,26 @@ absl::StatusOr<Pem> ReadPem(const ListenOptions& options) {
 
 }  // namespace
 
-RunningServer::RunningServer() = default;
+RunningServer::RunningServer() : health_(std::make_unique<Health>()) {}
 RunningServer::RunningServer(RunningServer&&) noexcept = default;
 RunningServer& RunningServer::operator=(RunningServer&&) noexcept = default;
 RunningServer::~RunningServer() = default;
 
 void RunningServer::SetServing(bool serving) {
+  std::lock_guard<std::mutex> lock(health_->mutex);
+  if (health_->stopped || health_->told == serving) return;
+  health_->told = serving;
   server->GetHealthCheckService()->SetServingStatus(serving);
 }
 
+void RunningServer::StopServing() {
+  std::lock_guard<std::mutex> lock(health_->mutex);
+  health_->stopped = true;
+  server->GetHealthCheckService()->SetServingStatus(false);
+}
+
 absl::Status CheckBindPolicy(const ListenOptions& options) {
-  const bool some =
-      !options.tls_cert.empty() || !options.tls_key.empty() || !options.tls_ca.empty();
+  const bool some = WantsTls(options);
   const bool all = !options.tls_cert.empty() && !options.tls_key.empty() && !options.tls_ca.empty();
   if (some && !all) {
     return absl::InvalidArgumentError("--tls-cert, --tls-key and --tls-ca go together");
@@ -68,7 +86,7 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
   }();
   (void)plugins;
   std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
-  if (HasTls(options)) {
+  if (WantsTls(options)) {
     ASSIGN_OR_RETURN(const Pem pem, ReadPem(options));
     grpc::SslServerCredentialsOptions ssl(
         GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
@@ -80,6 +98,8 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
   int port = 0;
   builder.AddListeningPort(options.address, credentials, &port);
   builder.SetMaxReceiveMessageSize(16 << 20);
+  // The bound of what waits for a slow reader is a stream's own queue, not gRPC's buffers.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_WRITE_BUFFER_SIZE, 4096);
   // Two servers on one port would split the clients between them without a word.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   for (grpc::Service* service : services) builder.RegisterService(service);
@@ -96,18 +116,24 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
                                            const ListenOptions& options) {
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
-  if (HasTls(options)) {
-    if (absl::StatusOr<Pem> pem = ReadPem(options); pem.ok()) {
+  if (WantsTls(options)) {
+    const absl::StatusOr<Pem> pem = ReadPem(options);
+    if (pem.ok()) {
       grpc::SslCredentialsOptions ssl;
       ssl.pem_root_certs = pem->ca;
       ssl.pem_private_key = pem->key;
       ssl.pem_cert_chain = pem->cert;
       credentials = grpc::SslCredentials(ssl);
+    } else {
+      LOG_ERROR(absl::StrCat("TLS credentials: ", pem.status().ToString()));
+      credentials = nullptr;  // a channel whose every call fails
     }
   }
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
+  // Despite its name the time that one attempt may take: a busy or distant peer needs more than the
+  // back-off after a refused one.
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5000);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   arguments.SetMaxReceiveMessageSize(64 << 20);
   return grpc::CreateCustomChannel(address, credentials, arguments);

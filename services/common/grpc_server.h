@@ -5,6 +5,8 @@
 // --insecure. Health (grpc.health.v1) and reflection are always on.
 
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,15 +38,26 @@ struct RunningServer {
   RunningServer(RunningServer&&) noexcept;
   RunningServer& operator=(RunningServer&&) noexcept;
   ~RunningServer();
-  // grpc.health.v1 status of the whole server.
+  // grpc.health.v1 status of the whole server. Watchers hear of changes only. Any thread.
   void SetServing(bool serving);
+  // NOT_SERVING for good: what SetServing says later has no effect.
+  void StopServing();
+
+ private:
+  struct Health {
+    std::mutex mutex;
+    std::optional<bool> told;
+    bool stopped = false;
+  };
+  std::unique_ptr<Health> health_;
 };
 
 // Serves `services` (borrowed until the server is shut down).
 absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
                                           const std::vector<grpc::Service*>& services);
 
-// A channel to a peer under the same credentials.
+// A channel to a peer under the same credentials. If they are incomplete or cannot be read, every
+// call over it fails; it never falls back to plain text.
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
                                            const ListenOptions& options);
 

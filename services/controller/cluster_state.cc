@@ -67,6 +67,11 @@ void ClusterState::Plan(const std::vector<uint64_t>& nodes) {
 
 bool ClusterState::Tick(int64_t now_ms) {
   const uint64_t before = version_;
+  if (!first_tick_ms_) first_tick_ms_ = now_ms;
+  if (!settled_ && now_ms - *first_tick_ms_ > options_.lease_ms) {
+    settled_ = true;
+    ++version_;
+  }
   for (auto it = workers_.begin(); it != workers_.end();) {
     if (now_ms <= it->second.lease_until_ms) {
       ++it;

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -59,7 +60,10 @@ struct ClusterOptions {
 
 class ClusterState {
  public:
-  explicit ClusterState(ClusterOptions options) : options_(std::move(options)) {}
+  // Operations are numbered above `first_epoch` too: what a worker did for an earlier controller
+  // must not count as done for this one.
+  explicit ClusterState(ClusterOptions options)
+      : options_(std::move(options)), next_operation_(options_.first_epoch + 1) {}
 
   // FAILED_PRECONDITION for another model; ABORTED for an older incarnation of a known node.
   absl::Status Renew(const WorkerRecord& report, int64_t now_ms);
@@ -70,6 +74,9 @@ class ClusterState {
   uint64_t epoch() const { return epoch_; }
   // Every expert of the published placement has a live host.
   bool complete() const;
+  // A lease has passed since the first Tick: every live worker has had time to renew here, so one
+  // that is unknown is gone. A restarted controller must not be believed before.
+  bool settled() const { return settled_; }
   const std::vector<PublishedHost>& published() const { return published_; }
   const std::map<uint64_t, WorkerRecord>& workers() const { return workers_; }
   int64_t lease_ms() const { return options_.lease_ms; }
@@ -85,9 +92,11 @@ class ClusterState {
   std::vector<std::pair<uint64_t, uint64_t>>
       planned_for_;  // (node, incarnation) of the plan in force
   std::vector<PublishedHost> published_;
+  std::optional<int64_t> first_tick_ms_;
+  bool settled_ = false;
   bool plan_pending_ = false;  // ordered, not yet published
   int64_t changed_at_ms_ = 0;
-  uint64_t next_operation_ = 1;
+  uint64_t next_operation_;
   uint64_t epoch_ = 0;
   uint64_t version_ = 1;
 };

@@ -96,6 +96,7 @@ grpc::Status ControlService::Renew(grpc::ServerContext*, const v1::RenewRequest*
 void ControlService::FillView(v1::ClusterView* view) const {
   view->set_epoch(state_.epoch());
   view->set_complete(state_.complete());
+  view->set_settled(state_.settled());
   for (const PublishedHost& host : state_.published()) {
     v1::ExpertHost* entry = view->add_hosts();
     entry->set_node(host.node);

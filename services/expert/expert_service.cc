@@ -85,7 +85,7 @@ absl::Status ExpertService::CarryOut(const v1::HostOrder& order) {
 }
 
 void ExpertService::Drain() {
-  server_.SetServing(false);
+  server_.StopServing();
   controller_->Leave();
   // The controller plans around us and routers follow. Whoever has nobody else to ask still asks
   // us: serve until no row has come for a while, within the grace.

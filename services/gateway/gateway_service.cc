@@ -41,6 +41,7 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const ServiceFlags& flag
   gateway->limits_.default_deadline_ms = flags.default_deadline_ms;
   gateway->credentials_ = flags.listen;
   gateway->max_in_flight_ = flags.max_in_flight;
+  gateway->writes_ = std::make_unique<WriteWatch>(std::chrono::milliseconds(flags.write_stall_ms));
   // Request numbers of two gateways, or of one that restarted, must not meet in a worker.
   gateway->next_request_ = FreshNodeId() << 20 | 1;
   gateway->status_ = std::make_unique<StatusServiceImpl>(
@@ -59,10 +60,12 @@ Gateway::~Gateway() = default;
 
 void Gateway::OnView(const v1::ClusterView& view) {
   std::lock_guard<std::mutex> lock(mutex_);
-  complete_ = view.complete();
+  // A controller that has just started knows less than we do: what it does not list yet stays.
+  complete_ = view.complete() || (!view.settled() && complete_);
   view_ = view;
-  for (auto& [node, backend] : backends_) backend.ready = false;
-  bool any = false;
+  if (view.settled()) {
+    for (auto& [node, backend] : backends_) backend.ready = false;
+  }
   for (const v1::Worker& worker : view.workers()) {
     if (worker.role() != v1::ROLE_ATTENTION) continue;
     Backend& backend = backends_[worker.node()];
@@ -71,19 +74,22 @@ void Gateway::OnView(const v1::ClusterView& view) {
       backend.stub = v1::AttentionService::NewStub(MakeChannel(backend.address, credentials_));
     }
     backend.ready = worker.ready();
-    any = any || backend.ready;
   }
   std::erase_if(backends_, [](const auto& entry) {
     return !entry.second.ready && entry.second.in_flight == 0;
   });
+  const bool any = std::any_of(backends_.begin(), backends_.end(),
+                               [](const auto& entry) { return entry.second.ready; });
   // Ready means: a token can be made now.
   server_.SetServing(any && complete_ && !draining_);
 }
 
 StatusServiceImpl::Counters Gateway::ReadCounters() {
   v1::ClusterView view;
-  StatusServiceImpl::Counters counters{
-      {"requests", requests_.load()}, {"tokens_out", tokens_.load()}, {"refused", refused_.load()}};
+  StatusServiceImpl::Counters counters{{"requests", requests_.load()},
+                                       {"tokens_out", tokens_.load()},
+                                       {"refused", refused_.load()},
+                                       {"slow_clients_cut", slow_clients_.load()}};
   {
     std::lock_guard<std::mutex> lock(mutex_);
     view = view_;
@@ -93,6 +99,7 @@ StatusServiceImpl::Counters Gateway::ReadCounters() {
     counters["in_flight"] = static_cast<uint64_t>(in_flight_);
   }
   counters["placement_epoch"] = view.epoch();
+  counters["controller_settled"] = view.settled() ? 1 : 0;
   counters["expert_workers_ready"] = 0;
   counters["attention_workers_ready"] = 0;
   for (const v1::Worker& worker : view.workers()) {
@@ -144,6 +151,11 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   // Cancelling the client's call cancels the worker's; its deadline travels on.
   std::unique_ptr<grpc::ClientContext> upstream = grpc::ClientContext::FromServerContext(*context);
   auto reader = (*ticket)->stub().Generate(upstream.get(), *resolved);
+  WriteWatch::Stream watched(*writes_, [this, context, id] {
+    ++slow_clients_;
+    LOG_WARNING(absl::StrCat("request ", id, ": the client does not read, cut off"));
+    context->TryCancel();
+  });
   std::unique_ptr<model::StreamDecoder> decoder;
   if (host_->tokenizer != nullptr) {
     decoder = std::make_unique<model::StreamDecoder>(*host_->tokenizer, /*skip_special=*/true);
@@ -172,7 +184,10 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
       event.mutable_usage()->set_completion_tokens(completion_tokens);
       event.mutable_usage()->set_preemptions(token.preemptions());
     }
-    if (!writer->Write(event)) {
+    watched.BeginWrite();
+    const bool written = writer->Write(event);
+    watched.EndWrite();
+    if (!written) {
       upstream->TryCancel();
       break;
     }
@@ -218,7 +233,7 @@ void Gateway::Drain() {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     draining_ = true;
-    server_.SetServing(false);
+    server_.StopServing();
     idle_.wait_for(lock, std::chrono::seconds(30), [this] { return in_flight_ == 0; });
   }
   controller_->Stop();

@@ -17,6 +17,7 @@
 #include "services/common/flags.h"
 #include "services/common/status_service.h"
 #include "services/gateway/request_check.h"
+#include "services/gateway/write_watch.h"
 
 namespace moebius::services {
 
@@ -58,6 +59,7 @@ class Gateway final : public v1::Generation::Service {
   RequestLimits limits_;
   ListenOptions credentials_;
   int max_in_flight_ = 0;
+  std::unique_ptr<WriteWatch> writes_;
   std::mutex mutex_;
   std::condition_variable idle_;
   std::map<uint64_t, Backend> backends_;  // by node
@@ -66,7 +68,7 @@ class Gateway final : public v1::Generation::Service {
   bool draining_ = false;
   int in_flight_ = 0;
   std::atomic<uint64_t> next_request_{1};
-  std::atomic<uint64_t> requests_{0}, tokens_{0}, refused_{0};
+  std::atomic<uint64_t> requests_{0}, tokens_{0}, refused_{0}, slow_clients_{0};
   std::unique_ptr<StatusServiceImpl> status_;
   RunningServer server_;
   std::unique_ptr<ControllerClient> controller_;

@@ -121,5 +121,27 @@ TEST(ClusterState, ALeavingWorkerGetsNothingNew) {
   EXPECT_EQ(state.published()[0].node, 1u);
 }
 
+TEST(ClusterState, IsSettledOnceEveryLiveWorkerHasHadALeaseToRenew) {
+  ClusterState state(Options(2));
+  state.Tick(1000);
+  state.Tick(4000);
+  EXPECT_FALSE(state.settled());
+  EXPECT_TRUE(state.Tick(4001)) << "watchers hear of it";
+  EXPECT_TRUE(state.settled());
+}
+
+TEST(ClusterState, WhatWasDoneForAnEarlierControllerIsNotDoneForThisOne) {
+  ClusterOptions options = Options(1);
+  options.first_epoch = 1000;
+  ClusterState state(options);
+  WorkerRecord expert = Expert(1);
+  expert.operation_done = 7;  // of the earlier one
+  ASSERT_TRUE(state.Renew(expert, 0).ok());
+  state.Tick(1);
+  EXPECT_GT(state.Find(1)->operation, 7u);
+  EXPECT_EQ(state.epoch(), 0u) << "ordered, not carried out";
+  EXPECT_FALSE(state.complete());
+}
+
 }  // namespace
 }  // namespace moebius::services

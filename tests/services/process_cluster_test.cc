@@ -3,138 +3,18 @@
 // promised. Method: real binaries, UCX and gRPC on loopback; the yardstick is LocalEngine on the
 // same requests.
 
-#include <grpcpp/grpcpp.h>
 #include <signal.h>
 
-#include <algorithm>
-#include <filesystem>
+#include <atomic>
 #include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
-#include "moebius/v1/worker.grpc.pb.h"
-#include "services/cli/generation_client.h"
-#include "services/cli/local_cluster.h"
+#include "tests/services/process_cluster.h"
 
 namespace moebius::services {
 namespace {
-
-const char* const kModel = MOEBIUS_SOURCE_DIR "/models/moebius-tiny";
-
-class ScopedCluster {
- public:
-  explicit ScopedCluster(LocalClusterOptions options) {
-    options.model = kModel;
-    options.listen = "127.0.0.1:0";
-    options.binaries = MOEBIUS_BINARIES;
-    options.state_dir = absl::StrCat(testing::TempDir(), "/moebius-", getpid(), "-", ++counter_);
-    state_dir_ = options.state_dir;
-    options_ = options;
-    absl::StatusOr<LocalCluster> cluster = LocalCluster::Start(options, [](const std::string&) {});
-    EXPECT_TRUE(cluster.ok()) << cluster.status();
-    cluster_ = std::make_unique<LocalCluster>(*std::move(cluster));
-    const absl::Status ready = cluster_->WaitReady(std::chrono::seconds(120));
-    EXPECT_TRUE(ready.ok()) << ready;
-  }
-  ~ScopedCluster() {
-    cluster_->Drain(std::chrono::seconds(30));
-    if (!testing::Test::HasFailure()) std::filesystem::remove_all(state_dir_);
-  }
-  LocalCluster& operator*() { return *cluster_; }
-  LocalCluster* operator->() { return cluster_.get(); }
-  const LocalClusterOptions& options() const { return options_; }
-  std::unique_ptr<GenerationClient> Client() {
-    ClientFlags flags;
-    flags.address = cluster_->address();
-    return *GenerationClient::Open(flags);
-  }
-  pid_t Pid(const std::string& name) const {
-    for (const auto& process : cluster_->processes()) {
-      if (process.name == name) return process.pid;
-    }
-    return 0;
-  }
-
- private:
-  static inline int counter_ = 0;
-  LocalClusterOptions options_;
-  std::string state_dir_;
-  std::unique_ptr<LocalCluster> cluster_;
-};
-
-struct Result {
-  absl::Status status;
-  std::vector<int32_t> ids;
-  std::vector<uint64_t> digests;
-  uint64_t preemptions = 0;
-};
-
-Result Generate(GenerationClient& client, const v1::GenerateRequest& request) {
-  Result result;
-  result.status = client.Generate(request, [&](const v1::GenerateEvent& event) {
-    result.preemptions = std::max<uint64_t>(result.preemptions, event.usage().preemptions());
-    if (!event.has_token()) return;
-    EXPECT_EQ(event.token_index(), result.ids.size());
-    result.ids.push_back(event.token_id());
-    result.digests.push_back(event.row_digest());
-  });
-  return result;
-}
-
-// Request i: a prompt of its own length and ids; every second one is sampled at temperature 1.
-v1::GenerateRequest MakeRequest(int i, int64_t max_tokens = 24) {
-  v1::GenerateRequest request;
-  Prng prng(static_cast<uint64_t>(i) + 1);
-  const int length = 3 + static_cast<int>(prng.Below(i % 4 == 0 ? 200 : 40));
-  for (int k = 0; k < length; ++k)
-    request.mutable_token_ids()->add_ids(3 + static_cast<int32_t>(prng.Below(4000)));
-  request.set_max_tokens(max_tokens);
-  request.set_temperature(i % 2 == 0 ? 0.0f : 1.0f);
-  request.set_seed(static_cast<uint64_t>(i) * 77);
-  request.set_ignore_eos(true);
-  return request;
-}
-
-std::vector<Result> Yardstick(int count, int64_t max_tokens = 24) {
-  ClientFlags flags;
-  flags.model = kModel;
-  absl::StatusOr<std::unique_ptr<GenerationClient>> client = GenerationClient::Open(flags);
-  EXPECT_TRUE(client.ok()) << client.status();
-  std::vector<Result> results;
-  for (int i = 0; i < count; ++i) results.push_back(Generate(**client, MakeRequest(i, max_tokens)));
-  return results;
-}
-
-void ExpectSame(const Result& got, const Result& expected, const std::string& what) {
-  ASSERT_TRUE(got.status.ok()) << what << ": " << got.status;
-  EXPECT_EQ(got.ids, expected.ids) << what;
-  EXPECT_EQ(got.digests, expected.digests) << what;
-}
-
-std::vector<Result> Concurrently(ScopedCluster& cluster, int count, int64_t max_tokens = 24) {
-  std::vector<Result> results(static_cast<size_t>(count));
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) {
-    threads.emplace_back([&, i] {
-      std::unique_ptr<GenerationClient> client = cluster.Client();
-      results[static_cast<size_t>(i)] = Generate(*client, MakeRequest(i, max_tokens));
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return results;
-}
-
-std::map<std::string, uint64_t> Counters(ScopedCluster& cluster) {
-  auto stub = v1::StatusService::NewStub(
-      grpc::CreateChannel(cluster->address(), grpc::InsecureChannelCredentials()));
-  grpc::ClientContext context;
-  v1::StatusReply reply;
-  EXPECT_TRUE(stub->Status(&context, v1::StatusRequest(), &reply).ok());
-  std::map<std::string, uint64_t> counters;
-  for (const v1::Counter& counter : reply.counters()) counters[counter.name()] = counter.value();
-  return counters;
-}
 
 TEST(ProcessCluster, GivesTheBitsOfOneProcessForAnyNumberOfExpertWorkers) {
   const std::vector<Result> expected = Yardstick(16);
@@ -148,11 +28,11 @@ TEST(ProcessCluster, GivesTheBitsOfOneProcessForAnyNumberOfExpertWorkers) {
       std::unique_ptr<GenerationClient> client = cluster.Client();
       for (int i : {0, 1})
         ExpectSame(Generate(*client, MakeRequest(i)), expected[i], what + ", alone");
-      const std::vector<Result> together = Concurrently(cluster, 16);
+      const std::vector<Result> together = Concurrently(cluster->address(), 16);
       for (int i = 0; i < 16; ++i)
         ExpectSame(together[i], expected[i], absl::StrCat(what, ", request ", i, " of 16"));
       int workers = 0;
-      for (const auto& [name, value] : Counters(cluster)) {
+      for (const auto& [name, value] : cluster.Counters()) {
         if (!absl::StartsWith(name, "expert/") || !absl::EndsWith(name, "/rows_served")) continue;
         ++workers;
         EXPECT_GT(value, 0u) << what;
@@ -173,11 +53,11 @@ TEST(ProcessCluster, HalfTheBlocksPreemptAndChangeNothing) {
   LocalClusterOptions options;
   options.num_blocks = static_cast<int>(need / 2);
   ScopedCluster cluster(options);
-  const std::vector<Result> results = Concurrently(cluster, kRequests, kTokens);
+  const std::vector<Result> results = Concurrently(cluster->address(), kRequests, kTokens);
   for (int i = 0; i < kRequests; ++i)
     ExpectSame(results[i], expected[i], absl::StrCat("request ", i));
   uint64_t preemptions = 0, total = 0, used = 1;
-  for (const auto& [name, value] : Counters(cluster)) {
+  for (const auto& [name, value] : cluster.Counters()) {
     if (absl::EndsWith(name, "/preemptions")) preemptions = value;
     if (absl::EndsWith(name, "/blocks_total")) total = value;
     if (absl::EndsWith(name, "/blocks_used")) used = value;
@@ -208,13 +88,6 @@ TEST(ProcessCluster, ABadRequestIsRefusedOverTheWire) {
   v1::GenerateRequest id = MakeRequest(0);
   id.mutable_token_ids()->add_ids(99999);
   expect(id, absl::StatusCode::kInvalidArgument, "token_ids[");
-  // Bytes that are no GenerateRequest at all.
-  auto channel = grpc::CreateChannel(cluster->address(), grpc::InsecureChannelCredentials());
-  grpc::ClientContext context;
-  auto stub = v1::Generation::NewStub(channel);
-  v1::ScoreRequest score;
-  v1::ScoreReply reply;
-  EXPECT_EQ(stub->Score(&context, score, &reply).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_TRUE(Generate(*client, MakeRequest(1)).status.ok()) << "and it still serves";
 }
 
@@ -239,13 +112,13 @@ TEST(ProcessCluster, AKilledExpertWorkerCostsAWaitAndNotOneToken) {
   std::atomic<bool> done{false};
   std::vector<Result> results;
   std::thread load([&] {
-    results = Concurrently(cluster, 4, kTokens);
+    results = Concurrently(cluster->address(), 4, kTokens);
     done = true;
   });
   bool killed = false;
   while (!done) {
     if (!killed) {
-      for (const auto& [name, value] : Counters(cluster)) {
+      for (const auto& [name, value] : cluster.Counters()) {
         if (absl::EndsWith(name, "/tokens_out") && absl::StartsWith(name, "attention/") &&
             value > 40)
           killed = true;

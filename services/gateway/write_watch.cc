@@ -1,0 +1,54 @@
+#include "services/gateway/write_watch.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace moebius::services {
+namespace {
+
+int64_t NowNs() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+
+}  // namespace
+
+WriteWatch::Stream::Stream(WriteWatch& watch, std::function<void()> cut)
+    : watch_(watch), cut_(std::move(cut)) {
+  std::lock_guard<std::mutex> lock(watch_.mutex_);
+  watch_.streams_.insert(this);
+}
+
+WriteWatch::Stream::~Stream() {
+  std::lock_guard<std::mutex> lock(watch_.mutex_);
+  watch_.streams_.erase(this);
+}
+
+void WriteWatch::Stream::BeginWrite() { since_ns_.store(NowNs()); }
+
+WriteWatch::WriteWatch(std::chrono::milliseconds limit) : limit_(limit) {
+  thread_ = std::thread([this] { Loop(); });
+}
+
+WriteWatch::~WriteWatch() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  thread_.join();
+}
+
+void WriteWatch::Loop() {
+  const auto period = std::max(limit_ / 4, std::chrono::milliseconds(1));
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!wake_.wait_for(lock, period, [this] { return stopping_; })) {
+    const int64_t oldest =
+        NowNs() - std::chrono::duration_cast<std::chrono::nanoseconds>(limit_).count();
+    for (Stream* stream : streams_) {
+      const int64_t since = stream->since_ns_.load();
+      if (since == 0 || since > oldest || !stream->cut_) continue;
+      stream->cut_();
+      stream->cut_ = nullptr;
+    }
+  }
+}
+
+}  // namespace moebius::services
