@@ -50,7 +50,9 @@ BufferPool::BufferPool(std::vector<BufferClass> classes) : classes_(std::move(cl
   free_.resize(classes_.size());
   for (uint32_t c = 0; c < classes_.size(); ++c) {
     const size_t stride = RoundUp(classes_[c].bytes);
-    slabs_.push_back(std::make_unique<std::byte[]>(stride * classes_[c].count + kAlignment));
+    // Not zeroed: a page that no buffer has used yet costs nothing.
+    slabs_.push_back(
+        std::make_unique_for_overwrite<std::byte[]>(stride * classes_[c].count + kAlignment));
     auto* base =
         reinterpret_cast<std::byte*>(RoundUp(reinterpret_cast<uintptr_t>(slabs_.back().get())));
     free_[c].reserve(classes_[c].count);

@@ -28,7 +28,7 @@ enum class FrameType : uint16_t {
   kRouteRequest = 16,
   kRouteReply = 17,
   kRouteAbandon = 18,
-  // Router <-> expert worker (proto/wire/dispatch.h, combine.h).
+  // Router <-> expert worker (proto/wire/dispatch.h).
   kDispatch = 32,
   kCombine = 33,
   kNotHosted = 34,
