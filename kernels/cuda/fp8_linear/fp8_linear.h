@@ -1,0 +1,41 @@
+#pragma once
+
+// Linear layer with block-scaled FP8 on both sides: out = x W^T (DeepSeek-V3 report section 3.3.2;
+// W as it lies in the checkpoint, x quantised 1x128).
+//
+// An output element is one chain over K, a function of (n, k) and its own row alone: for each
+// 128-block ascending, part = 4 wgmma of k32 from zero, acc = fma(scale_x * scale_w, part, acc) in
+// float32; one rounding at the end. Weights are operand A and token rows operand B for every m;
+// only the number of rows that share a tile follows m, which does not reach the bits
+// (docs/adr/0011).
+//
+// K is not split yet: shapes with few weight tiles (n below about 8,000) leave multiprocessors idle
+// at small m.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "base/float_formats.h"
+
+namespace moebius::kernels::cuda {
+
+// Device pointers, borrowed until the stream has passed the launch.
+struct Fp8LinearParams {
+  int64_t m = 0;  // rows; 0 does nothing
+  int64_t n = 0;
+  int64_t k = 0;                    // a multiple of 16; a last block of less than 128 is allowed
+  const E4m3* x = nullptr;          // [m, k] dense, 16-aligned
+  const float* x_scales = nullptr;  // [m, ceil(k / 128)]
+  const E4m3* weight = nullptr;     // [n, k] dense, 16-aligned
+  const float* weight_scales = nullptr;  // [ceil(n / 128), ceil(k / 128)]
+  Bf16* out = nullptr;                   // [m, n], row stride out_stride elements
+  int64_t out_stride = 0;
+};
+
+// Enqueues on `stream`. Errors: INVALID_ARGUMENT for a shape or pointer that it cannot take, naming
+// it; INTERNAL if the launch fails. Any thread.
+absl::Status LaunchFp8Linear(const Fp8LinearParams& params, cudaStream_t stream);
+
+}  // namespace moebius::kernels::cuda
