@@ -12,10 +12,10 @@ namespace moebius::kernels::cuda {
 namespace {
 
 constexpr int kBlock = 128;  // of K: one scale on either side
-constexpr int kSharedBytes = 200 * 1024;
 
 struct Shape {
   int m, n, k_blocks;
+  int segments;  // of K: the CTAs of a cluster
   const float* x_scales;
   const float* weight_scales;
   uint16_t* out;
@@ -29,9 +29,12 @@ struct Tile {
   static constexpr int kTokenBytes = kTokens * kBlock;
   static constexpr int kScaleBytes = (kTokens * 4 + 127) / 128 * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  static constexpr int kStages = kSharedBytes / (kStageBytes + kScaleBytes) < 12
-                                     ? kSharedBytes / (kStageBytes + kScaleBytes)
-                                     : 12;
+  // One warpgroup: two CTAs share a multiprocessor, so that one loads while the other ends, and
+  // clusters of four find room.
+  static constexpr int kCtas = kGroups == 1 ? 2 : 1;
+  static constexpr int kMostStages =
+      (kGroups == 1 ? 108 : 200) * 1024 / (kStageBytes + kScaleBytes);
+  static constexpr int kStages = kMostStages < 12 ? kMostStages : 12;
   static constexpr int kBytes = 1024 + kStages * (kStageBytes + kScaleBytes);
 };
 
@@ -45,7 +48,7 @@ __device__ __forceinline__ uint16_t RoundToBf16(float value) {
 
 // One CTA: warpgroups 0 .. kGroups - 1 multiply, one warp more keeps copies in flight.
 template <int kTokens, int kGroups>
-__global__ void __launch_bounds__(128 * kGroups + 32, 1)
+__global__ void __launch_bounds__(128 * kGroups + 32, Tile<kTokens, kGroups>::kCtas)
     Fp8Linear(const __grid_constant__ CUtensorMap weights,
               const __grid_constant__ CUtensorMap tokens, const Shape shape) {
   using T = Tile<kTokens, kGroups>;
@@ -55,6 +58,9 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1)
   float* const scales = reinterpret_cast<float*>(stages + T::kStages * T::kStageBytes);
   const int weight0 = blockIdx.x * 64 * kGroups;
   const int token0 = blockIdx.y * kTokens;
+  const int segment_blocks = (shape.k_blocks + shape.segments - 1) / shape.segments;
+  const int block0 = static_cast<int>(blockIdx.z) * segment_blocks;
+  const int blocks = min(segment_blocks, shape.k_blocks - block0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
@@ -71,22 +77,24 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1)
       PrefetchTensorMap(&weights);
       PrefetchTensorMap(&tokens);
     }
-    for (int block = 0; block < shape.k_blocks; ++block) {
+    for (int block = 0; block < blocks; ++block) {
       const int s = block % T::kStages;
       if (block >= T::kStages) BarrierWait(&empty[s], (block / T::kStages - 1) % 2);
       uint8_t* const stage = stages + s * T::kStageBytes;
       if (lane == 0) {
         BarrierArriveExpect(&full[s], T::kStageBytes);
-        TmaLoad2d(stage, &weights, &full[s], block * kBlock, weight0, kEvictFirst);
-        TmaLoad2d(stage + T::kWeightBytes, &tokens, &full[s], block * kBlock, token0, kEvictLast);
+        TmaLoad2d(stage, &weights, &full[s], (block0 + block) * kBlock, weight0, kEvictFirst);
+        TmaLoad2d(stage + T::kWeightBytes, &tokens, &full[s], (block0 + block) * kBlock, token0,
+                  kEvictLast);
       }
       for (int t = lane; t < kTokens; t += 32) {
         // Rows beyond m are computed with any scale of a row that exists, and not stored.
         const int row = min(token0 + t, shape.m - 1);
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                         SharedAddress(scales + s * (T::kScaleBytes / 4) + t)),
-                     "l"(shape.x_scales + static_cast<int64_t>(row) * shape.k_blocks + block)
-                     : "memory");
+        asm volatile(
+            "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                SharedAddress(scales + s * (T::kScaleBytes / 4) + t)),
+            "l"(shape.x_scales + static_cast<int64_t>(row) * shape.k_blocks + block0 + block)
+            : "memory");
       }
       asm volatile(
           "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(&full[s]))
@@ -100,12 +108,12 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1)
   const int first_row = weight0 + 64 * group;
   const float* const weight_scale =
       shape.weight_scales +
-      static_cast<int64_t>(min(first_row, shape.n - 1) / kBlock) * shape.k_blocks;
+      static_cast<int64_t>(min(first_row, shape.n - 1) / kBlock) * shape.k_blocks + block0;
   float sum[kTokens / 2];
   float part[kTokens / 2];
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
-  for (int block = 0; block < shape.k_blocks; ++block) {
+  for (int block = 0; block < blocks; ++block) {
     const int s = block % T::kStages;
     const float scale_w = __ldg(weight_scale + block);
     BarrierWait(&full[s], (block / T::kStages) % 2);
@@ -131,6 +139,28 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1)
     }
     __syncwarp();
     if (lane == 0) BarrierArrive(&empty[s]);
+  }
+  if (shape.segments > 1) {
+    // The sums of later segments, through their CTAs' shared memory, in ascending order.
+    float* const exchange = reinterpret_cast<float*>(stages);  // [kTokens / 2][threads]
+    constexpr int kThreads = 128 * kGroups;
+    NamedBarrier(1, kThreads);  // nobody reads the last stages any more
+    if (blockIdx.z > 0) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) exchange[i * kThreads + threadIdx.x] = sum[i];
+    }
+    ClusterBarrier();
+    if (blockIdx.z == 0) {
+      for (int segment = 1; segment < shape.segments; ++segment) {
+        const uint32_t remote = ClusterAddress(SharedAddress(exchange + threadIdx.x), segment);
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) {
+          sum[i] = __fadd_rn(sum[i], LoadCluster(remote + i * kThreads * 4));
+        }
+      }
+    }
+    ClusterBarrier();  // and only now may the others leave
+    if (blockIdx.z > 0) return;
   }
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) {
@@ -160,9 +190,19 @@ absl::Status Launch(const Fp8LinearParams& p, const Shape& shape, cudaStream_t s
       ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes),
                "Fp8Linear"));
   const dim3 grid(static_cast<unsigned>((p.n + 64 * kGroups - 1) / (64 * kGroups)),
-                  static_cast<unsigned>((p.m + kTokens - 1) / kTokens));
-  kernel<<<grid, 128 * kGroups + 32, T::kBytes, stream>>>(weights, tokens, shape);
-  return LaunchStatus("Fp8Linear");
+                  static_cast<unsigned>((p.m + kTokens - 1) / kTokens),
+                  static_cast<unsigned>(shape.segments));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(128 * kGroups + 32);
+  config.dynamicSmemBytes = T::kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, 1, static_cast<unsigned>(shape.segments)};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return ToStatus(cudaLaunchKernelEx(&config, kernel, weights, tokens, shape), "Fp8Linear");
 }
 
 absl::Status Validate(const Fp8LinearParams& p) {
@@ -187,12 +227,19 @@ absl::Status Validate(const Fp8LinearParams& p) {
 
 }  // namespace
 
+int Fp8LinearSegments(int64_t n, int64_t k) {
+  const int64_t tiles = (n + 63) / 64;
+  if ((k + kBlock - 1) / kBlock < 16) return 1;
+  return tiles <= 40 ? 4 : tiles <= 72 ? 2 : 1;
+}
+
 absl::Status LaunchFp8Linear(const Fp8LinearParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(Validate(p));
   const Shape shape{static_cast<int>(p.m),
                     static_cast<int>(p.n),
                     static_cast<int>((p.k + kBlock - 1) / kBlock),
+                    Fp8LinearSegments(p.n, p.k),
                     p.x_scales,
                     p.weight_scales,
                     reinterpret_cast<uint16_t*>(p.out),

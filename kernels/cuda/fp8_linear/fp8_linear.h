@@ -3,14 +3,12 @@
 // Linear layer with block-scaled FP8 on both sides: out = x W^T (DeepSeek-V3 report section 3.3.2;
 // W as it lies in the checkpoint, x quantised 1x128).
 //
-// An output element is one chain over K, a function of (n, k) and its own row alone: for each
-// 128-block ascending, part = 4 wgmma of k32 from zero, acc = fma(scale_x * scale_w, part, acc) in
-// float32; one rounding at the end. Weights are operand A and token rows operand B for every m;
-// only the number of rows that share a tile follows m, which does not reach the bits
-// (docs/adr/0011).
-//
-// K is not split yet: shapes with few weight tiles (n below about 8,000) leave multiprocessors idle
-// at small m.
+// An output element is a function of its own row, in an order that depends on (n, k) alone. K is
+// cut at fixed places into Fp8LinearSegments(n, k) segments of equal numbers of 128-blocks (the
+// last may be shorter). In a segment, from zero and ascending: part = 4 wgmma of k32, acc =
+// fma(scale_x * scale_w, part, acc) in float32. The segments are added in ascending order and
+// rounded once. Weights are operand A and token rows operand B for every m; only the number of rows
+// that share a tile follows m, which does not reach the bits (docs/adr/0011).
 
 #include <cuda_runtime.h>
 
@@ -33,6 +31,9 @@ struct Fp8LinearParams {
   Bf16* out = nullptr;                   // [m, n], row stride out_stride elements
   int64_t out_stride = 0;
 };
+
+// 1, 2 or 4: how many segments K has, so that narrow matrices too give every multiprocessor a part.
+int Fp8LinearSegments(int64_t n, int64_t k);
 
 // Enqueues on `stream`. Errors: INVALID_ARGUMENT for a shape or pointer that it cannot take, naming
 // it; INTERNAL if the launch fails. Any thread.

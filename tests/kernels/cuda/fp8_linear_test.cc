@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <utility>
 
 #include "tests/kernels/cuda/gpu_test.h"
 
@@ -81,7 +82,7 @@ TEST_F(Fp8LinearTest, AgreesWithTheReferenceAtOddShapes) {
   };
   for (const Case c : {Case{1, 64, 128}, Case{3, 200, 144}, Case{9, 129, 1536},
                        Case{17, 2112, 7168}, Case{33, 65, 400}, Case{64, 384, 256}, Case{65, 1, 16},
-                       Case{130, 576, 2048}, Case{300, 1000, 1040}}) {
+                       Case{130, 576, 2048}, Case{300, 1000, 1040}, Case{130, 4096, 2064}}) {
     const Weight weight(c.n, c.k, 1);
     const Rows rows = RandomRows(c.m, c.k, 2);
     const std::vector<Bf16> out = Multiply(weight, rows, c.m);
@@ -101,41 +102,45 @@ TEST_F(Fp8LinearTest, AgreesWithTheReferenceAtOddShapes) {
 }
 
 TEST_F(Fp8LinearTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
-  const Weight weight(1088, 2048, 4);
-  const int64_t k = weight.k;
-  const Rows mine = RandomRows(1, k, 5);
-  const std::vector<Bf16> alone = Multiply(weight, mine, 1);
-  const CompetingKernel competing;
-  int64_t compared = 0;
-  for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
-    Rows rows = RandomRows(m, k, 6 + static_cast<uint64_t>(m));
-    // Neighbours of every kind: NaN codes, the largest codes, scales of infinity and NaN.
-    for (int64_t row = 0; row < m; ++row) {
-      const auto at = static_cast<size_t>(row);
-      if (row % 5 == 1) rows.codes[at * static_cast<size_t>(k) + 7] = E4m3{0x7f};
-      if (row % 5 == 2) rows.scales[at * static_cast<size_t>(Blocks(k))] = INFINITY;
-      if (row % 5 == 3) rows.scales[at * static_cast<size_t>(Blocks(k))] = NAN;
-    }
-    // The row stands at every place where m is small, else at every third.
-    for (int64_t place = 0; place<m; place += m> 64 ? 3 : 1) {
-      if (m > 64 && place >= 3 * 64) break;
-      // All places congruent to `place` at once in large batches: more rows compared per launch.
-      Rows now = rows;
-      std::vector<int64_t> places;
-      for (int64_t p = place; p < m; p += 193) places.push_back(p);
-      for (const int64_t p : places) {
-        std::copy(mine.codes.begin(), mine.codes.end(), now.codes.begin() + p * k);
-        std::copy(mine.scales.begin(), mine.scales.end(), now.scales.begin() + p * Blocks(k));
+  // One with K in four segments, one with it whole; the second tile rows of a 128-block are ragged.
+  for (const auto& [n, shape_k] : {std::pair<int64_t, int64_t>{1088, 2048}, {1088, 1920}}) {
+    const Weight weight(n, shape_k, 4);
+    const int64_t k = weight.k;
+    const Rows mine = RandomRows(1, k, 5);
+    const std::vector<Bf16> alone = Multiply(weight, mine, 1);
+    const CompetingKernel competing;
+    int64_t compared = 0;
+    for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
+      Rows rows = RandomRows(m, k, 6 + static_cast<uint64_t>(m));
+      // Neighbours of every kind: NaN codes, the largest codes, scales of infinity and NaN.
+      for (int64_t row = 0; row < m; ++row) {
+        const auto at = static_cast<size_t>(row);
+        if (row % 5 == 1) rows.codes[at * static_cast<size_t>(k) + 7] = E4m3{0x7f};
+        if (row % 5 == 2) rows.scales[at * static_cast<size_t>(Blocks(k))] = INFINITY;
+        if (row % 5 == 3) rows.scales[at * static_cast<size_t>(Blocks(k))] = NAN;
       }
-      const std::vector<Bf16> out = Multiply(weight, now, m);
-      for (const int64_t p : places) {
-        const std::vector<Bf16> row(out.begin() + p * weight.n, out.begin() + (p + 1) * weight.n);
-        ASSERT_EQ(HashOf(row), HashOf(alone)) << "m = " << m << ", place " << p;
-        compared += weight.n;
+      // The row stands at every place where m is small, else at every third.
+      for (int64_t place = 0; place<m; place += m> 64 ? 3 : 1) {
+        if (m > 64 && place >= 3 * 64) break;
+        // All places congruent to `place` at once in large batches: more rows compared per launch.
+        Rows now = rows;
+        std::vector<int64_t> places;
+        for (int64_t p = place; p < m; p += 193) places.push_back(p);
+        for (const int64_t p : places) {
+          std::copy(mine.codes.begin(), mine.codes.end(), now.codes.begin() + p * k);
+          std::copy(mine.scales.begin(), mine.scales.end(), now.scales.begin() + p * Blocks(k));
+        }
+        const std::vector<Bf16> out = Multiply(weight, now, m);
+        for (const int64_t p : places) {
+          const std::vector<Bf16> row(out.begin() + p * weight.n, out.begin() + (p + 1) * weight.n);
+          ASSERT_EQ(HashOf(row), HashOf(alone)) << "m = " << m << ", place " << p;
+          compared += weight.n;
+        }
       }
     }
+    std::printf("K in %d segments: %ld values compared\n", Fp8LinearSegments(n, k), compared);
+    EXPECT_EQ(Fp8LinearSegments(n, k), n == 1088 && k == 2048 ? 4 : 1);
   }
-  std::printf("%ld values compared\n", compared);
 }
 
 TEST_F(Fp8LinearTest, LaunchesBesideACompetingKernelAgree) {
