@@ -242,6 +242,7 @@ bool ExpertActor::BuildAnswers(runtime::Context& context) {
     if (here > 0) {
       with_rows = context.AcquireBuffer(wire::CombineBytes(limits, here));
       if (!with_rows) return false;
+      wire::ZeroCombinePadding(here, with_rows->data());
     }
     if (absent > 0) {
       without = context.AcquireBuffer(absent * sizeof(wire::CombineItem));

@@ -264,7 +264,7 @@ bool RouterActor::SendFrame(Round& round, uint16_t d, absl::Span<const PlanItem>
     std::optional<runtime::Buffer> buffer = context.AcquireBuffer(layout.total_bytes);
     if (!buffer) return false;
     std::byte* data = buffer->data();
-    std::memset(data, 0, layout.rows_offset);  // section padding
+    wire::ZeroDispatchPadding(limits, rows, count, data);
     auto* dispatch_rows = reinterpret_cast<wire::DispatchRow*>(data);
     auto* experts = reinterpret_cast<uint32_t*>(data + layout.experts_offset);
     uint32_t r = 0;

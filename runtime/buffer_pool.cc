@@ -1,5 +1,6 @@
 #include "runtime/buffer_pool.h"
 
+#include <cstring>
 #include <utility>
 
 #include "base/check.h"
@@ -39,7 +40,8 @@ void Buffer::resize(size_t size) {
   size_ = size;
 }
 
-BufferPool::BufferPool(std::vector<BufferClass> classes) : classes_(std::move(classes)) {
+BufferPool::BufferPool(std::vector<BufferClass> classes, std::optional<std::byte> fill)
+    : classes_(std::move(classes)), fill_(fill) {
   CHECK(!classes_.empty());
   size_t previous = 0;
   for (const BufferClass& size_class : classes_) {
@@ -74,6 +76,7 @@ std::optional<Buffer> BufferPool::Acquire(size_t bytes) {
     ++in_use_;
     Buffer buffer(this, entry, entries_[entry].data, classes_[c].bytes);
     buffer.size_ = bytes;
+    if (fill_) std::memset(buffer.data_, static_cast<int>(*fill_), buffer.capacity_);
     return buffer;
   }
   return std::nullopt;

@@ -59,8 +59,11 @@ struct BufferClass {
 
 class BufferPool {
  public:
-  // REQUIRES: classes ascending in bytes, none empty.
-  explicit BufferPool(std::vector<BufferClass> classes);
+  // REQUIRES: classes ascending in bytes, none empty. `fill` is for simulation: every byte of a
+  // buffer is set to it when it is handed out, so that a byte that nobody wrote is the same in
+  // every run of one fill and differs between two.
+  explicit BufferPool(std::vector<BufferClass> classes,
+                      std::optional<std::byte> fill = std::nullopt);
   ~BufferPool();
   BufferPool(const BufferPool&) = delete;
   BufferPool& operator=(const BufferPool&) = delete;
@@ -84,6 +87,7 @@ class BufferPool {
     uint32_t size_class;
   };
   std::vector<BufferClass> classes_;
+  std::optional<std::byte> fill_;
   std::vector<std::unique_ptr<std::byte[]>> slabs_;
   std::vector<Entry> entries_;
   mutable std::mutex mutex_;

@@ -1,5 +1,7 @@
 #include "proto/wire/dispatch.h"
 
+#include <cstring>
+
 #include "absl/strings/str_cat.h"
 #include "base/tensor_view.h"
 
@@ -27,6 +29,10 @@ bool Aligned(absl::Span<const std::byte> payload) {
   return reinterpret_cast<uintptr_t>(payload.data()) % kSection == 0;
 }
 
+void ZeroGap(std::byte* payload, uint64_t begin, uint64_t end) {
+  std::memset(payload + begin, 0, end - begin);
+}
+
 }  // namespace
 
 DispatchLayout LayoutOfDispatch(const RowLimits& limits, uint64_t rows, uint64_t items) {
@@ -44,10 +50,24 @@ DispatchLayout LayoutOfDispatch(const RowLimits& limits, uint64_t rows, uint64_t
   return layout;
 }
 
+void ZeroDispatchPadding(const RowLimits& limits, uint64_t rows, uint64_t items,
+                         std::byte* payload) {
+  const DispatchLayout layout = LayoutOfDispatch(limits, rows, items);
+  ZeroGap(payload, rows * sizeof(DispatchRow), layout.experts_offset);
+  ZeroGap(payload, layout.experts_offset + items * sizeof(uint32_t), layout.rows_offset);
+  if (limits.e4m3) {
+    ZeroGap(payload, layout.rows_offset + rows * limits.hidden, layout.scales_offset);
+  }
+}
+
 uint64_t CombineRowsOffset(uint64_t items) { return Align(items * sizeof(CombineItem)); }
 
 uint64_t CombineBytes(const RowLimits& limits, uint64_t items) {
   return CombineRowsOffset(items) + items * uint64_t{limits.hidden} * 2;
+}
+
+void ZeroCombinePadding(uint64_t items, std::byte* payload) {
+  ZeroGap(payload, items * sizeof(CombineItem), CombineRowsOffset(items));
 }
 
 uint32_t EncodedRowBytes(const RowLimits& limits) {

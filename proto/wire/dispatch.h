@@ -61,9 +61,16 @@ struct DispatchLayout {
 };
 DispatchLayout LayoutOfDispatch(const RowLimits& limits, uint64_t rows, uint64_t items);
 
+// Zeroes the bytes between the sections of a dispatch payload. Buffers come as their last user left
+// them; without this the checksum, and a replay, would depend on it and old bytes would leave the
+// process.
+void ZeroDispatchPadding(const RowLimits& limits, uint64_t rows, uint64_t items,
+                         std::byte* payload);
+
 // Offset of the rows in a combine payload, and its size.
 uint64_t CombineRowsOffset(uint64_t items);
 uint64_t CombineBytes(const RowLimits& limits, uint64_t items);
+void ZeroCombinePadding(uint64_t items, std::byte* payload);
 
 // Bytes of one encoded row (header field row_bytes of kDispatch; for kCombine it is 2 * hidden).
 uint32_t EncodedRowBytes(const RowLimits& limits);

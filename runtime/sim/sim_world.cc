@@ -48,7 +48,7 @@ void SimWorld::Schedule(Duration after, std::function<void()> event) {
 
 void SimWorld::Boot(Host& host, NodeId id) {
   ++host.incarnation;
-  host.pool = std::make_unique<BufferPool>(host.buffers);
+  host.pool = std::make_unique<BufferPool>(host.buffers, options_.buffer_fill);
   host.transport = std::make_unique<SimTransport>(*this, id);
   if (!host.build) return;
   NodeOptions options = host.options;

@@ -47,6 +47,7 @@ struct SimOptions {
   Duration close_notice_max = std::chrono::milliseconds(20);
   Duration compute_min = std::chrono::microseconds(10);
   Duration compute_max = std::chrono::microseconds(500);
+  std::byte buffer_fill{0xcd};         // what payload buffers hold before anybody writes to them
   uint32_t frames_in_flight_max = 32;  // per connection and direction; then Send says kBusy
 };
 

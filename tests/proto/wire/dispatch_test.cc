@@ -3,6 +3,7 @@
 
 #include "proto/wire/dispatch.h"
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -121,6 +122,33 @@ TEST(CombineView, ReadsAndRefuses) {
   EXPECT_FALSE(CombineView::Parse(header, {payload, size}, limits, &view).ok());
   ASSERT_TRUE(CombineView::Parse(header, {payload, 2 * sizeof(CombineItem)}, limits, &view).ok());
   EXPECT_EQ(view.rows(), nullptr);
+}
+
+// What lies between the sections is zero whatever the buffer held, and nothing else is touched.
+TEST(Padding, IsZeroedAndOnlyThePadding) {
+  for (bool e4m3 : {false, true}) {
+    const RowLimits limits = Limits(e4m3);
+    const DispatchLayout layout = LayoutOfDispatch(limits, 2, 3);
+    std::vector<std::byte> payload(layout.total_bytes, std::byte{0xa5});
+    ZeroDispatchPadding(limits, 2, 3, payload.data());
+    std::vector<bool> data(payload.size(), false);
+    const auto section = [&](uint64_t begin, uint64_t bytes) {
+      std::fill_n(data.begin() + static_cast<ptrdiff_t>(begin), bytes, true);
+    };
+    section(0, 2 * sizeof(DispatchRow));
+    section(layout.experts_offset, 3 * sizeof(uint32_t));
+    section(layout.rows_offset, 2 * 160 * (e4m3 ? 1 : 2));
+    if (e4m3) section(layout.scales_offset, 2 * 2 * sizeof(float));
+    for (size_t i = 0; i < payload.size(); ++i) {
+      ASSERT_EQ(payload[i], data[i] ? std::byte{0xa5} : std::byte{0}) << "byte " << i;
+    }
+    std::vector<std::byte> combine(CombineBytes(limits, 3), std::byte{0xa5});
+    ZeroCombinePadding(3, combine.data());
+    for (size_t i = 0; i < combine.size(); ++i) {
+      const bool gap = i >= 3 * sizeof(CombineItem) && i < CombineRowsOffset(3);
+      ASSERT_EQ(combine[i], gap ? std::byte{0} : std::byte{0xa5}) << "byte " << i;
+    }
+  }
 }
 
 }  // namespace
