@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <set>
 
 #include "base/check.h"
 #include "gtest/gtest.h"
@@ -78,25 +79,93 @@ int64_t Differences(const std::vector<uint64_t>& a, const std::vector<uint64_t>&
   return count;
 }
 
+// One decode step of `rows.size()` sequences, each at its second position and in a block of its
+// own. Row g >= 0 continues tokens that g names; kNanRow and kInfRow have a poisoned embedding.
+constexpr int kNanRow = -1, kInfRow = -2, kGoodRows = 5;
+std::vector<uint64_t> DecodeHashes(const reference::ModelForward& model, Backend& backend,
+                                   const std::vector<int>& rows) {
+  BatchedForward forward(model, backend, static_cast<int64_t>(rows.size()));
+  std::vector<int32_t> blocks(rows.size());
+  std::vector<BatchRow> batch(rows.size());
+  const auto token = [&](int row, uint64_t position) {
+    return static_cast<TokenId>(CounterDraw(5, position, static_cast<uint64_t>(row + 2)) %
+                                static_cast<uint64_t>(model.config.vocab_size));
+  };
+  for (size_t i = 0; i < rows.size(); ++i) {
+    blocks[i] = static_cast<int32_t>(rows.size() - 1 - i);
+    batch[i] = {.token = token(rows[i], 0), .where = {0, &blocks[i]}};
+  }
+  forward.Run(batch);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    batch[i].token = token(rows[i], 1);
+    batch[i].where.position = 1;
+    if (rows[i] == kNanRow) batch[i].poison = std::numeric_limits<float>::quiet_NaN();
+    if (rows[i] == kInfRow) batch[i].poison = std::numeric_limits<float>::infinity();
+  }
+  const BatchResult result = forward.Run(batch);
+  std::vector<uint64_t> hashes;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    hashes.push_back(Mix64(result.hashes[i] ^ result.digests[i]));
+  }
+  return hashes;
+}
+
 class LayerRule : public testing::TestWithParam<std::string> {};
 
 TEST_P(LayerRule, ChunksCompanyThreadsAndTargetsChangeNothing) {
   const std::unique_ptr<reference::ModelForward> model = LoadGolden(GetParam());
   const std::vector<uint64_t> expected =
       PositionHashes(*model, *MakeBackend(BestTarget(), 1), kLength, 512, false);
-  std::vector<CpuTarget> targets = SupportedTargets();
-  for (const CpuTarget target : targets) {
-    const bool portable = target == CpuTarget::kPortable;
-    int threads = 0;
-    for (const int64_t chunk :
-         portable ? std::vector<int64_t>{16} : std::vector<int64_t>{1, 2, 3, 4, 7, 16, 64, 512}) {
-      threads = threads % 4 + 1;
-      const int64_t length = portable ? 66 : kLength;
-      const std::vector<uint64_t> hashes =
-          PositionHashes(*model, *MakeBackend(target, threads), length, chunk, /*decoys=*/true);
-      const std::vector<uint64_t> prefix(expected.begin(), expected.begin() + length);
-      EXPECT_EQ(Differences(hashes, prefix), 0)
-          << Name(target) << ", chunks of " << chunk << ", " << threads << " threads";
+  for (const CpuTarget target : SupportedTargets()) {
+    const bool portable = target == CpuTarget::kPortable;  // slow: a sample of the product
+    const int64_t length = portable ? 66 : kLength;
+    const std::vector<uint64_t> prefix(expected.begin(), expected.begin() + length);
+    for (int threads = 1; threads <= 4; ++threads) {
+      std::vector<int64_t> chunks = {1, 7, 16, 64, 512};
+      if (threads > 1) chunks.push_back(threads);  // 2, 3 and 4 query rows
+      if (portable) chunks = {16};
+      for (const int64_t chunk : chunks) {
+        const std::vector<uint64_t> hashes =
+            PositionHashes(*model, *MakeBackend(target, threads), length, chunk, /*decoys=*/true);
+        EXPECT_EQ(Differences(hashes, prefix), 0)
+            << Name(target) << ", chunks of " << chunk << ", " << threads << " threads";
+      }
+    }
+  }
+}
+
+// Every row index of every m, its neighbours poisoned (seven of eight rows are), and once among
+// good neighbours only.
+TEST_P(LayerRule, EveryRowOfABatchHasOneHash) {
+  const std::unique_ptr<reference::ModelForward> model = LoadGolden(GetParam());
+  std::vector<uint64_t> expected;
+  for (int g = 0; g < kGoodRows; ++g) {
+    expected.push_back(DecodeHashes(*model, *MakeBackend(BestTarget(), 1), {g})[0]);
+  }
+  EXPECT_EQ(std::set<uint64_t>(expected.begin(), expected.end()).size(), expected.size());
+  constexpr int kPhases = 8;
+  for (const CpuTarget target : SupportedTargets()) {
+    std::vector<int> ms = {1, 2, 3, 7, 16, 17, 33, 64, 200};
+    if (target == CpuTarget::kPortable) ms = {7};
+    for (int threads = 1; threads <= 4; ++threads) {
+      const std::unique_ptr<CpuBackend> backend = MakeBackend(target, threads);
+      for (const int m : ms) {
+        for (int phase = 0; phase <= std::min(m, kPhases); ++phase) {
+          std::vector<int> rows(static_cast<size_t>(m));
+          for (int i = 0; i < m; ++i) {
+            const bool good = i % kPhases == phase || phase == std::min(m, kPhases);
+            rows[i] = good ? (i + m) % kGoodRows : i % 2 == 0 ? kNanRow : kInfRow;
+          }
+          const std::vector<uint64_t> hashes = DecodeHashes(*model, *backend, rows);
+          for (int i = 0; i < m; ++i) {
+            if (rows[i] >= 0) {
+              ASSERT_EQ(hashes[i], expected[rows[i]])
+                  << "row " << i << " of " << m << ", " << Name(target) << ", " << threads
+                  << " threads, phase " << phase;
+            }
+          }
+        }
+      }
     }
   }
 }
@@ -117,6 +186,9 @@ TEST(LayerRuleChecker, FindsABatchDependentBackend) {
   const std::vector<uint64_t> expected = PositionHashes(*model, *inner, 64, 64, false);
   EXPECT_EQ(Differences(PositionHashes(*model, broken, 64, 1, false), expected), 0);
   EXPECT_GT(Differences(PositionHashes(*model, broken, 64, 16, false), expected), 0);
+  const std::vector<int> many(16, 3);
+  EXPECT_EQ(DecodeHashes(*model, broken, {3}), DecodeHashes(*model, *inner, {3}));
+  EXPECT_NE(DecodeHashes(*model, broken, many), DecodeHashes(*model, *inner, many));
 }
 
 }  // namespace

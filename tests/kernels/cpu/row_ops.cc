@@ -51,6 +51,34 @@ std::vector<uint64_t> HashRows(const std::vector<T>& out, int64_t rows) {
 
 int64_t Count(const std::vector<int>& rows) { return static_cast<int64_t>(rows.size()); }
 
+// Good row g is token g * 3; what a lookup gives cannot depend on neighbours unless it reads them.
+RowOp EmbedOp() {
+  static constexpr int64_t kVocab = 19, kDim = 83;
+  static constexpr TokenId kNanToken = 17, kInfToken = 18;
+  Prng prng(40);
+  std::vector<Bf16> table = RandomBf16(prng, kVocab * kDim);
+  const std::vector<Bf16> poison = Stack({kNanRow, kInfRow}, kDim, 0);
+  std::copy(poison.begin(), poison.end(), table.begin() + kNanToken * kDim);
+  return {
+      "Embed", kGood, [table = std::move(table)](Backend& backend, const std::vector<int>& rows) {
+        std::vector<TokenId> ids;
+        for (const int row : rows) {
+          ids.push_back(row == kNanRow   ? kNanToken
+                        : row == kInfRow ? kInfToken
+                                         : static_cast<TokenId>(row * 3));
+        }
+        MatrixView view;
+        view.dtype = DType::kBf16;
+        view.rows = kVocab;
+        view.cols = kDim;
+        view.data = reinterpret_cast<const std::byte*>(table.data());
+        std::vector<Bf16> out(rows.size() * kDim);
+        CHECK(backend.Embed({.m = Count(rows), .table = view, .ids = ids.data(), .out = out.data()})
+                  .ok());
+        return HashRows(out, Count(rows));
+      }};
+}
+
 RowOp LinearOp(DType dtype, int64_t n, int64_t k, bool f32_out) {
   Prng prng(1);
   const auto weight = std::make_shared<RandomMatrix>(prng, dtype, n, k);
@@ -413,6 +441,7 @@ std::vector<RowOp> AllRowOps() {
   ops.push_back(LinearOp(DType::kE4m3, 139, 263, true));
   ops.push_back(LinearOp(DType::kE4m3, 21, 128, false));
   ops.push_back(LinearOp(DType::kF32, 13, 77, true));
+  ops.push_back(EmbedOp());
   ops.push_back(RmsNormOp());
   for (const char* name : {"SwiGlu", "ResidualAdd", "MoeResidual"}) {
     ops.push_back(ElementwiseOp(name));
