@@ -336,9 +336,9 @@ void AttentionActor::Impl::EmitScores(Sequence* sequence, int32_t begin, int32_t
     score_event_.position = static_cast<uint64_t>(sequence->scored++);
     score_event_.next_logprob = batch_.logprobs[head];
     score_event_.row_digest = batch_.digests[head];
-    const size_t first = static_cast<size_t>(head) * batch_.max_top_n;
-    const TokenId* ids = batch_.top_ids.data() + first;
-    const float* logprobs = batch_.top_logprobs.data() + first;
+    const size_t top = static_cast<size_t>(head) * (1 + batch_.max_top_n) + 1;
+    const TokenId* ids = batch_.score_ids.data() + top;
+    const float* logprobs = batch_.score_logprobs.data() + top;
     score_event_.top_ids.assign(ids, ids + sequence->top_n);
     score_event_.top_logprobs.assign(logprobs, logprobs + sequence->top_n);
     score_event_.last = sequence->scored == sequence->length();

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
-#include "attention_worker/score.h"
+#include "attention_worker/most_likely_tokens.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "model/rope.h"
@@ -195,21 +195,39 @@ absl::Status LayerCompute::HeadSlice(int32_t begin, int32_t count) {
                                    .token_index = &batch_->token_index[begin],
                                    .tokens = &batch_->tokens[begin],
                                    .logprobs = &batch_->logprobs[begin]}));
-  for (int32_t i = begin; i < begin + count; ++i) {
-    const HeadRow& head = batch_->head[i];
-    if (!head.is_score) continue;
-    const ScoreRow row{&logits_[(i - begin) * config_.vocab_size], sampled_vocab_,
-                       batch_->tokens[i], batch_->logprobs[i]};
-    const size_t top = static_cast<size_t>(i) * batch_->max_top_n;
-    TopLogProbs(row, head.top_n, batch_->top_ids.data() + top, batch_->top_logprobs.data() + top);
-    batch_->logprobs[i] = head.scored_token >= 0 ? row.LogProb(head.scored_token) : 0.0f;
-  }
+  RETURN_IF_ERROR(ScoreSlice(begin, count));
   return backend_.RowDigest({.m = count,
                              .dim = hidden,
                              .hidden = head_x_.data(),
                              .hidden_stride = hidden,
                              .logprobs = &batch_->logprobs[begin],
                              .digests = &batch_->digests[begin]});
+}
+
+absl::Status LayerCompute::ScoreSlice(int32_t begin, int32_t count) {
+  const auto is_score = [](const HeadRow& head) { return head.is_score; };
+  const auto first = batch_->head.begin() + begin;
+  if (std::none_of(first, first + count, is_score)) return absl::OkStatus();
+  const size_t per_row = 1 + batch_->max_top_n;
+  for (int32_t i = begin; i < begin + count; ++i) {
+    const HeadRow& head = batch_->head[i];
+    TokenId* ids = &batch_->score_ids[i * per_row];
+    std::fill_n(ids, per_row, -1);
+    ids[0] = head.scored_token;
+    MostLikelyTokens(&logits_[(i - begin) * config_.vocab_size], sampled_vocab_, head.top_n,
+                     ids + 1);
+  }
+  RETURN_IF_ERROR(backend_.TokenLogprobs({.m = count,
+                                          .vocab = sampled_vocab_,
+                                          .logits_stride = config_.vocab_size,
+                                          .logits = logits_.data(),
+                                          .per_row = static_cast<int64_t>(per_row),
+                                          .tokens = &batch_->score_ids[begin * per_row],
+                                          .logprobs = &batch_->score_logprobs[begin * per_row]}));
+  for (int32_t i = begin; i < begin + count; ++i) {
+    if (batch_->head[i].is_score) batch_->logprobs[i] = batch_->score_logprobs[i * per_row];
+  }
+  return absl::OkStatus();
 }
 
 absl::Status LayerCompute::Norm(int64_t m, int64_t dim, const Bf16* x, int64_t x_stride,

@@ -54,6 +54,7 @@ class LayerCompute {
   absl::Status Mlp(const model::MlpWeights& mlp);  // x_ -> y_
   absl::Status Head();
   absl::Status HeadSlice(int32_t begin, int32_t count);
+  absl::Status ScoreSlice(int32_t begin, int32_t count);
   absl::Status Norm(int64_t m, int64_t dim, const Bf16* x, int64_t x_stride, const float* weight,
                     double eps, Bf16* out);
   absl::Status Linear(int64_t m, const MatrixView& weight, const Bf16* x, int64_t x_stride,

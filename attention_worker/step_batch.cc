@@ -15,8 +15,8 @@ StepBatch::StepBatch(int32_t max_rows, uint32_t max_top_n_per_row) : max_top_n(m
   tokens.resize(max_rows);
   logprobs.resize(max_rows);
   digests.resize(max_rows);
-  top_ids.resize(static_cast<size_t>(max_rows) * max_top_n);
-  top_logprobs.resize(static_cast<size_t>(max_rows) * max_top_n);
+  score_ids.resize(static_cast<size_t>(max_rows) * (1 + max_top_n));
+  score_logprobs.resize(score_ids.size());
 }
 
 void StepBatch::Build(absl::Span<const StepItem> items) {

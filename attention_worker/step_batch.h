@@ -43,11 +43,12 @@ struct StepBatch {
   std::vector<uint64_t> token_index;              // [heads] of the token being drawn
 
   // Out.
-  std::vector<TokenId> tokens;      // [heads]
-  std::vector<float> logprobs;      // [heads]; score: of scored_token
-  std::vector<uint64_t> digests;    // [heads]
-  std::vector<TokenId> top_ids;     // [heads, max_top_n]
-  std::vector<float> top_logprobs;  // [heads, max_top_n]
+  std::vector<TokenId> tokens;    // [heads]
+  std::vector<float> logprobs;    // [heads]; score: of scored_token
+  std::vector<uint64_t> digests;  // [heads]
+  // [heads, 1 + max_top_n]: scored_token, then the most likely ones, best first; -1 = none.
+  std::vector<TokenId> score_ids;
+  std::vector<float> score_logprobs;
   uint32_t max_top_n;
 };
 

@@ -44,6 +44,7 @@ class Backend {
   virtual absl::Status ExpertFfn(const ExpertFfnParams& params) = 0;
   virtual absl::Status Combine(const CombineParams& params) = 0;
   virtual absl::Status Sample(const SampleParams& params) = 0;
+  virtual absl::Status TokenLogprobs(const TokenLogprobsParams& params) = 0;
   virtual absl::Status RowDigest(const RowDigestParams& params) = 0;
 };
 

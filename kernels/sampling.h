@@ -28,6 +28,17 @@ struct SampleParams {
   float* logprobs = nullptr;  // [m] out: log softmax of the unmodified logits at the token
 };
 
+// Log softmax of given tokens: the bits that SampleParams::logprobs has when it draws that token.
+struct TokenLogprobsParams {
+  int64_t m = 0;
+  int64_t vocab = 0;
+  int64_t logits_stride = 0;
+  const float* logits = nullptr;  // [m, vocab], row stride logits_stride
+  int64_t per_row = 0;
+  const TokenId* tokens = nullptr;  // [m, per_row], each within vocab; -1 = none
+  float* logprobs = nullptr;        // [m, per_row] out; 0 for none
+};
+
 // 64-bit digest of a token event: XXH3 over the bits of the final hidden row (after model.norm) and
 // of the token's float32 log-probability. Equal digests are how two runs prove that they agree.
 struct RowDigestParams {

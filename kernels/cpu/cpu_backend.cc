@@ -167,7 +167,17 @@ absl::Status CpuBackend::Sample(const SampleParams& p) {
     const float* logits = p.logits + i * p.logits_stride;
     p.tokens[i] = SampleToken(kernels_, logits, p.vocab, p.params[i], p.token_index[i],
                               terms + thread * p.vocab, candidates + thread * p.vocab);
-    p.logprobs[i] = TokenLogprob(kernels_, logits, p.vocab, p.tokens[i]);
+    cpu::TokenLogprobs(kernels_, logits, p.vocab, {&p.tokens[i], 1}, &p.logprobs[i]);
+  });
+  return absl::OkStatus();
+}
+
+absl::Status CpuBackend::TokenLogprobs(const TokenLogprobsParams& p) {
+  const FloatEnvironment environment;
+  ForEachRow(p.m, p.vocab * 16, [&](int64_t i, int) {
+    cpu::TokenLogprobs(kernels_, p.logits + i * p.logits_stride, p.vocab,
+                       absl::MakeConstSpan(p.tokens + i * p.per_row, p.per_row),
+                       p.logprobs + i * p.per_row);
   });
   return absl::OkStatus();
 }

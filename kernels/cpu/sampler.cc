@@ -85,11 +85,18 @@ TokenId SampleToken(const KernelTable& kernels, const float* logits, int64_t voc
   return candidate(kept - 1).id;
 }
 
-float TokenLogprob(const KernelTable& kernels, const float* logits, int64_t vocab, TokenId token) {
-  CHECK(token >= 0 && token < vocab);
+void TokenLogprobs(const KernelTable& kernels, const float* logits, int64_t vocab,
+                   absl::Span<const TokenId> tokens, float* logprobs) {
+  std::fill_n(logprobs, tokens.size(), 0.0f);
+  if (std::all_of(tokens.begin(), tokens.end(), [](TokenId token) { return token == -1; })) return;
   const float maximum = kernels.max(logits, vocab);
   const float sum = kernels.sum_exp(logits, vocab, maximum, 1.0f, nullptr);
-  return (logits[token] - maximum) - static_cast<float>(NaturalLog(static_cast<double>(sum)));
+  const auto log_sum = static_cast<float>(NaturalLog(static_cast<double>(sum)));
+  for (size_t j = 0; j < tokens.size(); ++j) {
+    if (tokens[j] == -1) continue;
+    CHECK(tokens[j] >= 0 && tokens[j] < vocab);
+    logprobs[j] = (logits[tokens[j]] - maximum) - log_sum;
+  }
 }
 
 double NaturalLog(double x) {

@@ -19,6 +19,7 @@
 
 #include <cstdint>
 
+#include "absl/types/span.h"
 #include "base/ids.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/sampling.h"
@@ -36,8 +37,10 @@ TokenId SampleToken(const KernelTable& kernels, const float* logits, int64_t voc
                     const SamplingParams& params, uint64_t token_index, float* terms,
                     Candidate* candidates);
 
-// REQUIRES: 0 <= token < vocab.
-float TokenLogprob(const KernelTable& kernels, const float* logits, int64_t vocab, TokenId token);
+// logprobs[j] = log softmax at tokens[j], 0 where it is -1. A token's bits do not depend on which
+// others are asked for. REQUIRES: every token is -1 or within [0, vocab).
+void TokenLogprobs(const KernelTable& kernels, const float* logits, int64_t vocab,
+                   absl::Span<const TokenId> tokens, float* logprobs);
 
 // Natural logarithm of a normal, positive double, within 2 units in the last place; the same bits
 // everywhere (libm's may differ by version and CPU).

@@ -211,6 +211,16 @@ absl::Status ReferenceBackend::Sample(const SampleParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status ReferenceBackend::TokenLogprobs(const TokenLogprobsParams& p) {
+  for (int64_t i = 0; i < p.m; ++i) {
+    const auto logits = absl::MakeConstSpan(p.logits + i * p.logits_stride, p.vocab);
+    for (int64_t j = i * p.per_row; j < (i + 1) * p.per_row; ++j) {
+      p.logprobs[j] = p.tokens[j] == -1 ? 0.0f : LogProbAt(logits, p.tokens[j]);
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ReferenceBackend::RowDigest(const RowDigestParams& p) {
   for (int64_t i = 0; i < p.m; ++i) {
     p.digests[i] = Hash64(p.hidden + i * p.hidden_stride, static_cast<size_t>(p.dim) * sizeof(Bf16),

@@ -30,6 +30,7 @@ class ReferenceBackend final : public Backend {
   absl::Status ExpertFfn(const ExpertFfnParams& params) override;
   absl::Status Combine(const CombineParams& params) override;
   absl::Status Sample(const SampleParams& params) override;
+  absl::Status TokenLogprobs(const TokenLogprobsParams& params) override;
   absl::Status RowDigest(const RowDigestParams& params) override;
 };
 

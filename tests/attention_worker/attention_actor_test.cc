@@ -423,13 +423,15 @@ TEST(AttentionActorTest, ContextEndAndZeroTokens) {
   EXPECT_EQ(h.streams_[3].status.code(), absl::StatusCode::kOutOfRange);
 }
 
-// Scores of a greedy continuation: the same digests and logprobs that generating it reported.
-TEST(AttentionActorTest, ScoreAgreesWithGeneration) {
+// Scores of a continuation: the same digests and logprobs that generating it reported, also of
+// tokens that were drawn and are not the likeliest.
+void ExpectScoreAgreesWithGeneration(float temperature) {
   AttentionOptions options = SmallOptions();
   options.num_blocks = 4;
   Harness h(options);
-  const Submit generate = h.Request(1, 30, 20);
+  const Submit generate = h.Request(1, 30, 20, temperature);
   const std::vector<OracleToken> generated = h.Expected(generate);
+  ASSERT_EQ(generated.size(), 20u);
   Submit score = h.Request(2, 0, 0);
   score.prompt = generate.prompt;
   for (const OracleToken& token : generated) score.prompt.push_back(token.token);
@@ -442,20 +444,33 @@ TEST(AttentionActorTest, ScoreAgreesWithGeneration) {
   const std::vector<ScoreEvent>& events = h.streams_[2].scores;
   ASSERT_EQ(events.size(), 50u);
   EXPECT_EQ(h.streams_[2].finish, FinishReason::kNone);  // no event of on_token
+  int likeliest = 0;
   for (size_t i = 0; i < events.size(); ++i) {
     EXPECT_EQ(events[i].position, i);
     EXPECT_EQ(events[i].last, i == 49);
     ASSERT_EQ(events[i].top_ids.size(), 3u);
     EXPECT_GE(events[i].top_logprobs[0], events[i].top_logprobs[1]);
     if (i < 29 || i == 49) continue;
-    EXPECT_EQ(events[i].top_ids[0], generated[i - 29].token);
     EXPECT_EQ(events[i].next_logprob, generated[i - 29].logprob);
-    EXPECT_EQ(events[i].top_logprobs[0], generated[i - 29].logprob);
     EXPECT_EQ(events[i].row_digest, generated[i - 29].row_digest);
+    if (events[i].top_ids[0] == generated[i - 29].token) {
+      EXPECT_EQ(events[i].top_logprobs[0], generated[i - 29].logprob);
+      ++likeliest;
+    }
+  }
+  if (temperature == 0) {
+    EXPECT_EQ(likeliest, 20);
+  } else {
+    EXPECT_LT(likeliest, 20);
   }
   EXPECT_EQ(events[49].next_logprob, 0.0f);
   h.ExpectExact();
   h.ExpectBalanced();
+}
+
+TEST(AttentionActorTest, ScoreAgreesWithGreedyGeneration) { ExpectScoreAgreesWithGeneration(0.0f); }
+TEST(AttentionActorTest, ScoreAgreesWithSampledGeneration) {
+  ExpectScoreAgreesWithGeneration(1.0f);
 }
 
 // A Backend whose Linear fails at a chosen call.
@@ -491,6 +506,9 @@ class FailingBackend final : public kernels::Backend {
   absl::Status ExpertFfn(const kernels::ExpertFfnParams& p) override { return inner_.ExpertFfn(p); }
   absl::Status Combine(const kernels::CombineParams& p) override { return inner_.Combine(p); }
   absl::Status Sample(const kernels::SampleParams& p) override { return inner_.Sample(p); }
+  absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& p) override {
+    return inner_.TokenLogprobs(p);
+  }
   absl::Status RowDigest(const kernels::RowDigestParams& p) override { return inner_.RowDigest(p); }
 
  private:

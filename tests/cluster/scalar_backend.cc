@@ -353,6 +353,21 @@ void ScalarBackend::SampleRow(const float* logits, int64_t vocab,
   *logprob = (logits[chosen] - logits[best]) - static_cast<float>(std::log(total));
 }
 
+absl::Status ScalarBackend::TokenLogprobs(const kernels::TokenLogprobsParams& p) {
+  for (int64_t i = 0; i < p.m; ++i) {
+    const float* logits = p.logits + i * p.logits_stride;
+    const float best = *std::max_element(logits, logits + p.vocab);
+    double total = 0;
+    for (int64_t v = 0; v < p.vocab; ++v) total += std::exp(double{logits[v]} - best);
+    for (int64_t j = i * p.per_row; j < (i + 1) * p.per_row; ++j) {
+      p.logprobs[j] = p.tokens[j] == -1
+                          ? 0
+                          : (logits[p.tokens[j]] - best) - static_cast<float>(std::log(total));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ScalarBackend::RowDigest(const kernels::RowDigestParams& p) {
   bytes_.resize(p.dim * sizeof(Bf16) + sizeof(float));
   for (int64_t i = 0; i < p.m; ++i) {

@@ -51,6 +51,7 @@ class ScalarBackend final : public kernels::Backend {
   absl::Status ExpertFfn(const kernels::ExpertFfnParams& p) override;
   absl::Status Combine(const kernels::CombineParams& p) override;
   absl::Status Sample(const kernels::SampleParams& p) override;
+  absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& p) override;
   absl::Status RowDigest(const kernels::RowDigestParams& p) override;
 
  private:

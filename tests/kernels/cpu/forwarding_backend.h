@@ -54,6 +54,9 @@ class ForwardingBackend : public Backend {
   absl::Status Sample(const SampleParams& p) override {
     return Forward([&] { return inner_.Sample(p); });
   }
+  absl::Status TokenLogprobs(const TokenLogprobsParams& p) override {
+    return Forward([&] { return inner_.TokenLogprobs(p); });
+  }
   absl::Status RowDigest(const RowDigestParams& p) override {
     return Forward([&] { return inner_.RowDigest(p); });
   }

@@ -403,6 +403,18 @@ TEST_F(ReferenceAgreement, SampleAndDigest) {
   });
   EXPECT_EQ(ours, theirs);
   for (int64_t i = 0; i < kRows; ++i) EXPECT_NEAR(logprobs[0][i], logprobs[1][i], 2e-5f) << i;
+  // Asked for by name, a drawn token has the bits of its draw.
+  const auto [named, theirs_named] = Both<float>(kRows, [&](Backend& backend, float* out) {
+    return backend.TokenLogprobs({.m = kRows,
+                                  .vocab = kVocab,
+                                  .logits_stride = kStride,
+                                  .logits = logits.data(),
+                                  .per_row = 1,
+                                  .tokens = ours.data(),
+                                  .logprobs = out});
+  });
+  EXPECT_EQ(named, logprobs[0]);
+  EXPECT_EQ(theirs_named, logprobs[1]);
 
   const std::vector<Bf16> hidden = RandomBf16(prng_, kRows * 33);
   const auto [digests, expected] = Both<uint64_t>(kRows, [&](Backend& backend, uint64_t* out) {

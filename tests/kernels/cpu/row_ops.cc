@@ -423,6 +423,29 @@ RowOp SampleOp() {
           }};
 }
 
+// Log-probabilities of given tokens; what was asked for beside a token does not matter.
+RowOp TokenLogprobsOp() {
+  return {"TokenLogprobs", kGood, [](Backend& backend, const std::vector<int>& rows) {
+            constexpr int64_t kVocab = 131, kPerRow = 3;
+            const std::vector<float> logits = StackFloats(rows, kVocab, 41);
+            std::vector<TokenId> tokens;
+            for (const int row : rows) {
+              tokens.insert(tokens.end(), {row < 0 ? -1 : row * 7, -1, row + 50});
+            }
+            std::vector<float> logprobs(tokens.size());
+            CHECK(backend
+                      .TokenLogprobs({.m = Count(rows),
+                                      .vocab = kVocab,
+                                      .logits_stride = kVocab,
+                                      .logits = logits.data(),
+                                      .per_row = kPerRow,
+                                      .tokens = tokens.data(),
+                                      .logprobs = logprobs.data()})
+                      .ok());
+            return HashRows(logprobs, Count(rows));
+          }};
+}
+
 }  // namespace
 
 std::vector<RowOp> AllRowOps() {
@@ -456,6 +479,7 @@ std::vector<RowOp> AllRowOps() {
   ops.push_back(ExpertFfnOp(DType::kBf16));
   ops.push_back(CombineOp());
   ops.push_back(SampleOp());
+  ops.push_back(TokenLogprobsOp());
   return ops;
 }
 
