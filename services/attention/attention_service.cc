@@ -131,6 +131,7 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
 
 absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
     const ServiceFlags& flags) {
+  RETURN_IF_ERROR(CheckWorkerBindPolicy(flags.listen, flags.data_address));
   std::unique_ptr<AttentionProcess> process(new AttentionProcess());
   ASSIGN_OR_RETURN(process->host_, OpenModel(flags.model));
   const ModelHost& host = *process->host_;

@@ -1,11 +1,9 @@
 #include "services/common/grpc_server.h"
 
-#include <arpa/inet.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
@@ -13,21 +11,6 @@
 
 namespace moebius::services {
 namespace {
-
-// Any of the three: a part of them is a mistake to be told, never a wish for plain text.
-bool WantsTls(const ListenOptions& options) {
-  return !options.tls_cert.empty() || !options.tls_key.empty() || !options.tls_ca.empty();
-}
-
-// A literal address, or the name that every machine keeps for it: "127.example.org" is anywhere.
-bool IsLoopback(const std::string& address) {
-  if (absl::StartsWith(address, "unix:") || absl::StartsWith(address, "localhost:") ||
-      absl::StartsWith(address, "[::1]:"))
-    return true;
-  in_addr parsed;
-  return inet_pton(AF_INET, address.substr(0, address.rfind(':')).c_str(), &parsed) == 1 &&
-         ntohl(parsed.s_addr) >> 24 == 127;
-}
 
 struct Pem {
   std::string cert, key, ca;
@@ -62,20 +45,6 @@ void RunningServer::StopServing() {
   server->GetHealthCheckService()->SetServingStatus(false);
 }
 
-absl::Status CheckBindPolicy(const ListenOptions& options) {
-  const bool some = WantsTls(options);
-  const bool all = !options.tls_cert.empty() && !options.tls_key.empty() && !options.tls_ca.empty();
-  if (some && !all) {
-    return absl::InvalidArgumentError("--tls-cert, --tls-key and --tls-ca go together");
-  }
-  if (!IsLoopback(options.address) && !all && !options.insecure) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("address ", options.address,
-                     " is not loopback: give --tls-cert, --tls-key and --tls-ca, or --insecure"));
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
                                           const std::vector<grpc::Service*>& services) {
   RETURN_IF_ERROR(CheckBindPolicy(options));
@@ -86,7 +55,7 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
   }();
   (void)plugins;
   std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
-  if (WantsTls(options)) {
+  if (options.wants_tls()) {
     ASSIGN_OR_RETURN(const Pem pem, ReadPem(options));
     grpc::SslServerCredentialsOptions ssl(
         GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
@@ -116,7 +85,7 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
                                            const ListenOptions& options) {
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
-  if (WantsTls(options)) {
+  if (options.wants_tls()) {
     const absl::StatusOr<Pem> pem = ReadPem(options);
     if (pem.ok()) {
       grpc::SslCredentialsOptions ssl;

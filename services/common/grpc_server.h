@@ -1,8 +1,7 @@
 #pragma once
 
-// How every process of ours listens: loopback unless told otherwise, and then only with TLS or an
-// explicit
-// --insecure. Health (grpc.health.v1) and reflection are always on.
+// gRPC servers and channels of our processes, under one set of credentials. Health
+// (grpc.health.v1) and reflection are always on.
 
 #include <memory>
 #include <mutex>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "services/common/bind_policy.h"
 
 namespace grpc {
 class Server;
@@ -19,17 +19,6 @@ class Channel;
 }  // namespace grpc
 
 namespace moebius::services {
-
-struct ListenOptions {
-  std::string address = "127.0.0.1:0";  // port 0: a free one
-  bool insecure = false;                // plain text on an address that is not loopback
-  std::string tls_cert;                 // PEM files; all three together: mutual TLS
-  std::string tls_key;
-  std::string tls_ca;
-};
-
-// FAILED_PRECONDITION when the address is not loopback and there is neither TLS nor --insecure.
-absl::Status CheckBindPolicy(const ListenOptions& options);
 
 struct RunningServer {
   std::unique_ptr<grpc::Server> server;
@@ -52,7 +41,7 @@ struct RunningServer {
   std::unique_ptr<Health> health_;
 };
 
-// Serves `services` (borrowed until the server is shut down).
+// Serves `services` (borrowed until the server is shut down) where CheckBindPolicy allows it.
 absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
                                           const std::vector<grpc::Service*>& services);
 

@@ -14,6 +14,7 @@
 namespace moebius::services {
 
 absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(const ServiceFlags& flags) {
+  RETURN_IF_ERROR(CheckWorkerBindPolicy(flags.listen, flags.data_address));
   std::unique_ptr<ExpertService> service(new ExpertService());
   ASSIGN_OR_RETURN(service->host_, OpenModel(flags.model));
   const ModelHost& host = *service->host_;
