@@ -47,4 +47,12 @@ float ToFloat(E4m3 code);
 // sign kept.
 E4m3 ToE4m3(float value);
 
+// The smallest power of two that is not below `value`: what the format ue8m0 can hold. NaN stays
+// NaN. REQUIRES: NaN, or a positive normal number of at most 2^127.
+inline float RoundUpToPowerOfTwo(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if (bits > 0x7F000000u) return value;
+  return std::bit_cast<float>((bits + 0x007FFFFFu) & 0x7F800000u);
+}
+
 }  // namespace moebius

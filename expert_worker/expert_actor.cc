@@ -216,6 +216,7 @@ absl::Status ExpertActor::Compute() {
   }
   params.row_index = row_index_.data();
   params.out = out_.data();
+  params.power_of_two_scales = options_.power_of_two_scales;
   return backend_->ExpertFfn(params);
 }
 

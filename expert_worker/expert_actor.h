@@ -31,7 +31,8 @@ namespace moebius::expert_worker {
 
 struct ExpertOptions {
   wire::RowLimits limits;
-  int64_t intermediate = 0;  // moe_intermediate_size
+  int64_t intermediate = 0;          // moe_intermediate_size
+  bool power_of_two_scales = false;  // of the requantised SwiGLU output (e4m3 rows)
   uint32_t max_batch_items = 4096;
   uint32_t max_queued_frames = 1024;
 };

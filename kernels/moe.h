@@ -39,12 +39,14 @@ struct GateSelectParams {
 
 // One 1x128 block: amax = max(max|x|, 1e-4), s = amax / 448, code = e4m3(x / s) (true division,
 // nearest even). A NaN or infinity in the block gives NaN codes and never touches other rows.
+// power_of_two_scales (V3.1, scale_fmt "ue8m0"): s is rounded up to a power of two first.
 struct QuantizeRowsParams {
   int64_t m = 0;
   int64_t dim = 0;
   const Bf16* x = nullptr;  // [m, dim] dense
   E4m3* codes = nullptr;    // [m, dim] dense
   float* scales = nullptr;  // [m, ceil(dim / 128)] dense
+  bool power_of_two_scales = false;
 };
 
 // One expert's weights: gate_proj, up_proj [inter, hidden], down_proj [hidden, inter].
@@ -77,6 +79,7 @@ struct ExpertFfnParams {
   const Bf16* x_bf16 = nullptr;        // [m, hidden], or nullptr
   const int32_t* row_index = nullptr;  // [m] row of x that packed row i reads; nullptr = identity
   Bf16* out = nullptr;                 // [m, hidden] in packed order
+  bool power_of_two_scales = false;    // of the requantised SwiGLU output (QuantizeRowsParams)
 };
 
 // The canonical sum of one token (any deployment gives these bits):

@@ -409,15 +409,6 @@ double ModelConfig::softmax_scale() const {
   return scale * m * m;
 }
 
-absl::Status CheckServable(const ModelConfig& config) {
-  if (config.quantization && config.quantization->power_of_two_scales) {
-    return Unsupported("quantization_config.scale_fmt",
-                       "activations with power-of-two scales are not implemented yet; convert the "
-                       "model to BF16 to serve it");
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<ModelConfig> ParseConfig(absl::string_view json) {
   ASSIGN_OR_RETURN(const JsonValue root, ParseJson(json));
   if (root.AsObject() == nullptr) {

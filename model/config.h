@@ -110,15 +110,12 @@ struct ModelConfig {
   // (DeepSeek-V3 model code; m = 1 without YaRN or without mscale_all_dim).
   double softmax_scale() const;
   WireDtype wire_dtype() const { return quantization ? WireDtype::kE4m3 : WireDtype::kBf16; }
+  bool power_of_two_scales() const { return quantization && quantization->power_of_two_scales; }
 };
 
 // Errors: INVALID_ARGUMENT (malformed, missing or out of range; names the field), UNIMPLEMENTED
 // (understood, but not an architecture or setting we serve).
 absl::StatusOr<ModelConfig> ParseConfig(absl::string_view json);
-
-// UNIMPLEMENTED if the config is understood (it can be inspected and converted) but the kernels do
-// not compute as it says: V3.1's power-of-two activation scales. The weight loaders call it.
-absl::Status CheckServable(const ModelConfig& config);
 
 // Adds the end tokens of a generation_config.json to `config`. Other fields are ignored: sampling
 // defaults are the caller's business.

@@ -281,7 +281,6 @@ int64_t ExpertShard::bytes() const {
 
 absl::StatusOr<AttentionWorkerWeights> LoadAttentionWorkerWeights(const Checkpoint& checkpoint,
                                                                   const ModelConfig& config) {
-  RETURN_IF_ERROR(CheckServable(config));
   AttentionWorkerWeights w;
   Loader loader(checkpoint, config, w.storage);
   ASSIGN_OR_RETURN(w.embed_tokens, loader.Matrix("model.embed_tokens.weight", config.vocab_size,
@@ -316,7 +315,6 @@ absl::StatusOr<ExpertShard> LoadExpertShard(const Checkpoint& checkpoint, const 
                                                    layer.value(), ": the model has ",
                                                    config.n_routed_experts));
   }
-  RETURN_IF_ERROR(CheckServable(config));
   ExpertShard shard;
   shard.layer = layer;
   shard.expert = expert;
@@ -334,7 +332,6 @@ absl::StatusOr<MoeLayerWeights> LoadGate(const Checkpoint& checkpoint, const Mod
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer.value(), " is not a mixture-of-experts layer"));
   }
-  RETURN_IF_ERROR(CheckServable(config));
   Loader loader(checkpoint, config, storage);
   return loader.Moe(absl::StrCat("model.layers.", layer.value(), ".mlp."), false);
 }

@@ -153,6 +153,7 @@ absl::Status RouterActor::Gate(Round& round) {
   quantize.x = x;
   quantize.codes = round.codes.data();
   quantize.scales = round.scales.data();
+  quantize.power_of_two_scales = options_.power_of_two_scales;
   return backend_->QuantizeRows(quantize);
 }
 

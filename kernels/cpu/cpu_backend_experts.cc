@@ -26,7 +26,8 @@ absl::Status CpuBackend::QuantizeRows(const QuantizeRowsParams& p) {
   const FloatEnvironment environment;
   const int64_t blocks = CeilDiv(p.dim, kQuantBlock);
   ForEachRow(p.m, p.dim * 4, [&](int64_t i, int) {
-    kernels_.quantize_row(p.x + i * p.dim, p.dim, p.codes + i * p.dim, p.scales + i * blocks);
+    kernels_.quantize_row(p.x + i * p.dim, p.dim, p.power_of_two_scales, p.codes + i * p.dim,
+                          p.scales + i * blocks);
   });
   return absl::OkStatus();
 }
@@ -113,7 +114,8 @@ void CpuBackend::RequantizeExpertHidden(const ExpertFfnParams& p) {
   ForEachRow(p.m, p.intermediate * 8, [&](int64_t i, int thread) {
     Bf16* row = hidden + i * p.intermediate;
     E4m3* row_codes = codes + thread * p.intermediate;
-    kernels_.quantize_row(row, p.intermediate, row_codes, scales + i * blocks);
+    kernels_.quantize_row(row, p.intermediate, p.power_of_two_scales, row_codes,
+                          scales + i * blocks);
     kernels_.decode_row(row_codes, p.intermediate, row);
   });
 }

@@ -14,7 +14,7 @@ namespace moebius::kernels::cpu {
 namespace HWY_NAMESPACE {
 namespace {
 
-void QuantizeRow(const Bf16* x, int64_t dim, E4m3* codes, float* scales) {
+void QuantizeRow(const Bf16* x, int64_t dim, bool power_of_two_scales, E4m3* codes, float* scales) {
   for (int64_t begin = 0; begin < dim; begin += kQuantBlock) {
     const int64_t end = HWY_MIN(begin + kQuantBlock, dim);
     // |x| orders as its bits do, and a NaN or infinity is above all finite values.
@@ -27,6 +27,7 @@ void QuantizeRow(const Bf16* x, int64_t dim, E4m3* codes, float* scales) {
     if (largest < 0x7F80) {
       const float amax = ToFloat(Bf16{largest});
       scale = (amax > 1e-4f ? amax : 1e-4f) / 448.0f;
+      if (power_of_two_scales) scale = RoundUpToPowerOfTwo(scale);
     }
     scales[begin / kQuantBlock] = scale;
     const F32x16 divisor = Set(scale);

@@ -82,7 +82,8 @@ struct KernelTable {
   void (*moe_residual)(Bf16* h, const Bf16* routed, const Bf16* shared, int64_t dim);
 
   // One row: codes and a scale per 128-block (QuantizeRowsParams).
-  void (*quantize_row)(const Bf16* x, int64_t dim, E4m3* codes, float* scales);
+  void (*quantize_row)(const Bf16* x, int64_t dim, bool power_of_two_scales, E4m3* codes,
+                       float* scales);
   // out[i] = value of codes[i]; exact, NaN included.
   void (*decode_row)(const E4m3* codes, int64_t dim, Bf16* out);
   // One token of CombineParams.

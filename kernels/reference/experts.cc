@@ -41,7 +41,8 @@ void RoundAll(Rounding rounding, absl::Span<float> values) {
 
 }  // namespace
 
-void QuantizeRow(absl::Span<const float> x, absl::Span<E4m3> codes, absl::Span<float> scales) {
+void QuantizeRow(absl::Span<const float> x, bool power_of_two_scales, absl::Span<E4m3> codes,
+                 absl::Span<float> scales) {
   const int64_t n = static_cast<int64_t>(x.size());
   CHECK_EQ(codes.size(), x.size());
   CHECK_EQ(static_cast<int64_t>(scales.size()), CeilDiv(n, kQuantBlock));
@@ -55,7 +56,8 @@ void QuantizeRow(absl::Span<const float> x, absl::Span<E4m3> codes, absl::Span<f
       }
       amax = std::max(amax, std::abs(x[i]));
     }
-    const float scale = amax / 448.0f;
+    float scale = amax / 448.0f;
+    if (power_of_two_scales) scale = RoundUpToPowerOfTwo(scale);
     scales[begin / kQuantBlock] = scale;
     for (int64_t i = begin; i < end; ++i) codes[i] = ToE4m3(x[i] / scale);
   }
@@ -72,8 +74,8 @@ void ExpertFfnRow(const ExpertWeights& weights, absl::Span<const float> x, Round
 }
 
 void ExpertFfnQuantizedRow(const ExpertWeights& weights, absl::Span<const E4m3> codes,
-                           absl::Span<const float> scales, Rounding rounding,
-                           absl::Span<float> out) {
+                           absl::Span<const float> scales, bool power_of_two_scales,
+                           Rounding rounding, absl::Span<float> out) {
   const int64_t inner = weights.gate_proj.rows;
   std::vector<float> gate(inner), up(inner);
   QuantizedLinearRow(weights.gate_proj, codes, scales, absl::MakeSpan(gate));
@@ -81,7 +83,7 @@ void ExpertFfnQuantizedRow(const ExpertWeights& weights, absl::Span<const E4m3> 
   SwiGluRow(gate, up, rounding, absl::MakeSpan(gate));
   std::vector<E4m3> inner_codes(inner);
   std::vector<float> inner_scales(CeilDiv(inner, kQuantBlock));
-  QuantizeRow(gate, absl::MakeSpan(inner_codes), absl::MakeSpan(inner_scales));
+  QuantizeRow(gate, power_of_two_scales, absl::MakeSpan(inner_codes), absl::MakeSpan(inner_scales));
   QuantizedLinearRow(weights.down_proj, inner_codes, inner_scales, out);
   RoundAll(rounding, out);
 }

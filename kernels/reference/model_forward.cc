@@ -155,7 +155,10 @@ void ModelForward::Moe(const model::AttentionLayerWeights& layer, absl::Span<con
       rounding != Rounding::kFloat32 && config.wire_dtype() == model::WireDtype::kE4m3;
   std::vector<E4m3> codes(x.size());
   std::vector<float> scales(CeilDiv(static_cast<int64_t>(x.size()), kQuantBlock));
-  if (quantize) QuantizeRow(x, absl::MakeSpan(codes), absl::MakeSpan(scales));
+  const bool power_of_two_scales = config.power_of_two_scales();
+  if (quantize) {
+    QuantizeRow(x, power_of_two_scales, absl::MakeSpan(codes), absl::MakeSpan(scales));
+  }
 
   Rows rows(static_cast<int64_t>(chosen.size()), static_cast<int64_t>(x.size()));
   std::vector<const float*> row_pointers;
@@ -164,7 +167,7 @@ void ModelForward::Moe(const model::AttentionLayerWeights& layer, absl::Span<con
     const ExpertWeights expert =
         ToExpertWeights(experts[layer.layer.value()][chosen[j].value()].weights);
     if (quantize) {
-      ExpertFfnQuantizedRow(expert, codes, scales, rounding, rows[row]);
+      ExpertFfnQuantizedRow(expert, codes, scales, power_of_two_scales, rounding, rows[row]);
     } else {
       ExpertFfnRow(expert, x, rounding, rows[row]);
     }

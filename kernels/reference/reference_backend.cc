@@ -155,7 +155,8 @@ absl::Status ReferenceBackend::GateSelect(const GateSelectParams& p) {
 absl::Status ReferenceBackend::QuantizeRows(const QuantizeRowsParams& p) {
   const int64_t blocks = CeilDiv(p.dim, kQuantBlock);
   for (int64_t i = 0; i < p.m; ++i) {
-    QuantizeRow(ToFloats(p.x + i * p.dim, p.dim), absl::MakeSpan(p.codes + i * p.dim, p.dim),
+    QuantizeRow(ToFloats(p.x + i * p.dim, p.dim), p.power_of_two_scales,
+                absl::MakeSpan(p.codes + i * p.dim, p.dim),
                 absl::MakeSpan(p.scales + i * blocks, blocks));
   }
   return absl::OkStatus();
@@ -173,8 +174,8 @@ absl::Status ReferenceBackend::ExpertFfn(const ExpertFfnParams& p) {
       if (p.x_codes != nullptr) {
         ExpertFfnQuantizedRow(group.weights,
                               absl::MakeConstSpan(p.x_codes + source * p.hidden, p.hidden),
-                              absl::MakeConstSpan(p.x_scales + source * blocks, blocks), kServing,
-                              absl::MakeSpan(out));
+                              absl::MakeConstSpan(p.x_scales + source * blocks, blocks),
+                              p.power_of_two_scales, kServing, absl::MakeSpan(out));
       } else {
         ExpertFfnRow(group.weights, ToFloats(p.x_bf16 + source * p.hidden, p.hidden), kServing,
                      absl::MakeSpan(out));

@@ -107,6 +107,7 @@ router::RouterOptions MakeRouterOptions(const model::ModelConfig& config,
   router::RouterOptions options;
   options.limits = MakeRowLimits(config, max_rows);
   options.gate = MakeGateConfig(config);
+  options.power_of_two_scales = config.power_of_two_scales();
   options.layers.resize(options.limits.layers);
   for (const model::AttentionLayerWeights& layer : weights.layers) {
     if (!layer.moe) continue;
@@ -125,6 +126,7 @@ expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config,
   expert_worker::ExpertOptions options;
   options.limits = MakeRowLimits(config, max_rows);
   options.intermediate = config.moe_intermediate_size;
+  options.power_of_two_scales = config.power_of_two_scales();
   options.max_batch_items = 2 * max_rows * options.limits.top_k;
   return options;
 }

@@ -111,6 +111,7 @@ void ClusterSim::AddRouterActor(runtime::Node& node) {
   router::RouterOptions options;
   options.limits = Limits();
   options.gate = options_.model->gate_config();
+  options.power_of_two_scales = options_.model->config().power_of_two_scales();
   options.max_rows_per_frame = options_.max_rows_per_frame;
   for (const model::AttentionLayerWeights& layer : options_.model->weights().layers) {
     router::GateWeights gate;
@@ -127,6 +128,7 @@ void ClusterSim::AddExpertActor(int worker, runtime::Node& node) {
   expert_worker::ExpertOptions options;
   options.limits = Limits();
   options.intermediate = options_.model->config().moe_intermediate_size;
+  options.power_of_two_scales = options_.model->config().power_of_two_scales();
   auto actor = std::make_unique<expert_worker::ExpertActor>(options, NewBackend());
   expert_counters_.emplace_back(worker, actor->counters());
   node.AddActor(ExpertActorId(worker), std::move(actor));

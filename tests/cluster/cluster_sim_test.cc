@@ -48,6 +48,7 @@ std::vector<Case>* MakeCases(
       {.seed = 11},
       {.fp8 = true, .layers = 4, .experts = 16, .seed = 12},
       {.fp8 = true,
+       .power_of_two_scales = true,
        .hidden = 144,
        .experts = 8,
        .groups = 2,

@@ -260,7 +260,8 @@ absl::Status ScalarBackend::QuantizeRows(const kernels::QuantizeRowsParams& p) {
       for (int64_t k = b * kQuantBlock; k < end; ++k) {
         amax = std::max(amax, std::fabs(ToFloat(p.x[i * p.dim + k])));
       }
-      const float scale = amax / 448.0f;
+      float scale = amax / 448.0f;
+      if (p.power_of_two_scales) scale = std::exp2(std::ceil(std::log2(scale)));
       p.scales[i * blocks + b] = scale;
       for (int64_t k = b * kQuantBlock; k < end; ++k) {
         p.codes[i * p.dim + k] = ToE4m3(ToFloat(p.x[i * p.dim + k]) / scale);

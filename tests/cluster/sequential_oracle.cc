@@ -167,8 +167,12 @@ void SequentialOracle::RoutedSum(int64_t layer, const Bf16* x, Bf16* out) {
   const bool fp8 = config_.wire_dtype() == model::WireDtype::kE4m3;
   if (fp8) {
     CHECK(backend_
-              .QuantizeRows(
-                  {.m = 1, .dim = hidden, .x = x, .codes = codes.data(), .scales = scales.data()})
+              .QuantizeRows({.m = 1,
+                             .dim = hidden,
+                             .x = x,
+                             .codes = codes.data(),
+                             .scales = scales.data(),
+                             .power_of_two_scales = config_.power_of_two_scales()})
               .ok());
   }
   std::vector<std::vector<Bf16>> rows(top_k, std::vector<Bf16>(hidden));
@@ -185,7 +189,8 @@ void SequentialOracle::RoutedSum(int64_t layer, const Bf16* x, Bf16* out) {
                           .x_codes = fp8 ? codes.data() : nullptr,
                           .x_scales = fp8 ? scales.data() : nullptr,
                           .x_bf16 = fp8 ? nullptr : x,
-                          .out = rows[k].data()})
+                          .out = rows[k].data(),
+                          .power_of_two_scales = config_.power_of_two_scales()})
               .ok());
     row_pointers.push_back(rows[k].data());
   }

@@ -34,7 +34,7 @@ ToyModel::ToyModel(const ToyModelOptions& options) : seed_(options.seed) {
   c.norm_topk_prob = true;
   c.routed_scaling_factor = 2.5;
   c.eos_token_id = {1};
-  if (options.fp8) c.quantization = model::Fp8Quantization{};
+  if (options.fp8) c.quantization = model::Fp8Quantization{options.power_of_two_scales};
 
   const bool fp8 = options.fp8;
   const int64_t hidden = c.hidden_size;

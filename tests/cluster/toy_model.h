@@ -14,9 +14,10 @@
 namespace moebius::cluster_test {
 
 struct ToyModelOptions {
-  bool fp8 = false;     // e4m3 weights with 128x128 scales and e4m3 expert rows; else BF16
-  bool q_lora = true;   // q_a / q_b, else one q_proj
-  int64_t hidden = 64;  // 144 and above: ragged FP8 blocks
+  bool fp8 = false;  // e4m3 weights with 128x128 scales and e4m3 expert rows; else BF16
+  bool power_of_two_scales = false;  // of activations, with fp8
+  bool q_lora = true;                // q_a / q_b, else one q_proj
+  int64_t hidden = 64;               // 144 and above: ragged FP8 blocks
   int64_t layers = 3;
   int64_t first_dense = 1;
   int64_t experts = 12;

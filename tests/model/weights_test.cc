@@ -296,18 +296,6 @@ TEST(WeightsRoles, AnF32GateIsNarrowedOnlyIfNothingIsLost) {
   EXPECT_TRUE(absl::StrContains(status.message(), "element 7")) << status;
 }
 
-TEST(WeightsErrors, ASettingThatTheKernelsIgnoreIsRefused) {
-  const Opened opened = Open({}, TinyTensors({}));
-  ModelConfig v31 = opened.config;
-  v31.quantization->power_of_two_scales = true;
-  for (const absl::Status& status :
-       {LoadAttentionWorkerWeights(*opened.checkpoint, v31).status(),
-        LoadExpertShard(*opened.checkpoint, v31, LayerId(1), ExpertId(0)).status()}) {
-    EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
-    EXPECT_TRUE(absl::StrContains(status.message(), "scale_fmt")) << status;
-  }
-}
-
 TEST(WeightsRoles, AModelWhoseMtpLayerWasLeftOutStillLoads) {
   const Opened opened = Open({.mtp = true}, TinyTensors({.mtp = false}));
   const auto w = LoadAttentionWorkerWeights(*opened.checkpoint, opened.config);

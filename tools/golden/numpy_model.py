@@ -82,13 +82,21 @@ def to_e4m3(x):
     return (code | (np.signbit(x).astype(np.int64) << 7)).astype(np.uint8)
 
 
-def fake_quantize_rows(x):
+def round_up_to_power_of_two(x):
+    """What the format ue8m0 holds: 2^ceil(log2(x)), exactly."""
+    mantissa, exponent = np.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
+    return np.ldexp(F32(1), np.where(mantissa == 0.5, exponent - 1, exponent)).astype(F32)
+
+
+def fake_quantize_rows(x, power_of_two_scales=False):
     """Each row in blocks of 128: s = max(amax, 1e-4) / 448, value = e4m3(x / s) * s."""
     out = np.empty_like(x)
     for begin in range(0, x.shape[1], QUANT_BLOCK):
         block = x[:, begin : begin + QUANT_BLOCK]
         amax = np.maximum(np.abs(block).max(axis=1, keepdims=True), F32(1e-4))
         scale = (amax / F32(448)).astype(F32)
+        if power_of_two_scales:
+            scale = round_up_to_power_of_two(scale)
         out[:, begin : begin + QUANT_BLOCK] = E4M3[to_e4m3(block / scale)] * scale
     return out
 
@@ -166,6 +174,8 @@ class NumpyModel:
         self.noise = None if noise_seed is None else np.random.Generator(np.random.PCG64(noise_seed))
         self.weights = load_weights(directory, "inverted_scale" in self.mistakes)
         self.fp8 = "quantization_config" in self.config
+        quantization = self.config.get("quantization_config", {})
+        self.power_of_two_scales = quantization.get("scale_fmt") == "ue8m0"
         c = self.config
         self.dn, self.dr = c["qk_nope_head_dim"], c["qk_rope_head_dim"]
         self.dv, self.dc, self.heads = c["v_head_dim"], c["kv_lora_rank"], c["num_attention_heads"]
@@ -263,13 +273,13 @@ class NumpyModel:
 
     def _mlp(self, x, prefix, quantize=False):
         if quantize:
-            x = fake_quantize_rows(x)
+            x = fake_quantize_rows(x, self.power_of_two_scales)
         w = self.weights
         gate = x @ w[prefix + "gate_proj.weight"].T
         up = x @ w[prefix + "up_proj.weight"].T
         inner = self._r((gate / (1 + np.exp(-gate)) * up).astype(F32))
         if quantize:
-            inner = fake_quantize_rows(inner)
+            inner = fake_quantize_rows(inner, self.power_of_two_scales)
         return self._linear(inner, prefix + "down_proj")
 
     def route(self, x, prefix):

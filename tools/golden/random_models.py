@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from numpy_model import E4M3, F32, QUANT_BLOCK, to_e4m3
+from numpy_model import E4M3, F32, QUANT_BLOCK, round_up_to_power_of_two, to_e4m3
 
 VOCAB = 256
 BOS, EOS = 0, 1
@@ -103,6 +103,13 @@ MODELS = {
                                    "quant_method": "fp8", "weight_block_size": [128, 128]}},
         {"seed": 21, "shards": 3, "gains": {"q": 0.5, "expert": 1.6, "bias": 0.8, "gate": 1.0}},
     ),
+    "v31-fp8": (
+        V3 | dims(136, 2, 1, 2, 48, 48, 32, 16, 32, 136, 136, 4, 2, 2, 1)
+        | {"quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3",
+                                   "quant_method": "fp8", "scale_fmt": "ue8m0",
+                                   "weight_block_size": [128, 128]}},
+        {"seed": 22, "gains": {"q": 0.5, "expert": 1.6, "bias": 0.8, "gate": 1.0}},
+    ),
 }  # fmt: skip
 LENGTHS = (8, 40, 65, 130)
 
@@ -113,9 +120,10 @@ GAINS = {"q": 0.9, "kv_a": 1.0, "kv_b": 1.0, "o": 1.2, "mlp": 1.0, "down": 1.2, 
 class _Tensors:
     """Draws tensors in a fixed order and stores them as the model's files do."""
 
-    def __init__(self, seed, fp8, gains):
+    def __init__(self, seed, quantization, gains):
         self.rng = np.random.Generator(np.random.PCG64(seed))
-        self.fp8, self.gains = fp8, GAINS | gains
+        self.fp8, self.gains = quantization is not None, GAINS | gains
+        self.power_of_two_scales = self.fp8 and quantization.get("scale_fmt") == "ue8m0"
         self.out = {}
 
     def _store_bf16(self, name, values):
@@ -143,6 +151,8 @@ class _Tensors:
                          slice(j * 128, min(j * 128 + 128, cols)))  # fmt: skip
                 values[block] *= magnitude[i, j]
                 scales[i, j] = np.abs(values[block]).max() / F32(448)
+                if self.power_of_two_scales:
+                    scales[i, j] = round_up_to_power_of_two(scales[i, j])
                 codes[block] = to_e4m3(values[block] / scales[i, j])
         assert not np.isnan(E4M3[codes]).any()
         self.out[name] = torch.from_numpy(codes).view(torch.float8_e4m3fn)
@@ -195,7 +205,7 @@ def write_model(directory, name):
               if value is not None or key in ("q_lora_rank", "rope_scaling")}  # fmt: skip
     if "rope_parameters" in config:
         del config["rope_scaling"]
-    t = _Tensors(options["seed"], "quantization_config" in config, options.get("gains", {}))
+    t = _Tensors(options["seed"], config.get("quantization_config"), options.get("gains", {}))
     d, layers = config["hidden_size"], config["num_hidden_layers"]
     t.bf16("model.embed_tokens.weight", VOCAB, d, d**0.5)
     for layer in range(layers):

@@ -168,7 +168,8 @@ void BatchedForward::Moe(size_t index, const std::vector<Bf16>& x, std::vector<B
                              .dim = hidden,
                              .x = x.data(),
                              .codes = codes.data(),
-                             .scales = scales.data()})
+                             .scales = scales.data(),
+                             .power_of_two_scales = model_.config.power_of_two_scales()})
               .ok());
   }
   CHECK(backend_
@@ -181,7 +182,8 @@ void BatchedForward::Moe(size_t index, const std::vector<Bf16>& x, std::vector<B
                         .x_scales = fp8 ? scales.data() : nullptr,
                         .x_bf16 = fp8 ? nullptr : x.data(),
                         .row_index = row_index.data(),
-                        .out = out.data()})
+                        .out = out.data(),
+                        .power_of_two_scales = model_.config.power_of_two_scales()})
             .ok());
   std::vector<Bf16> routed(x.size());
   CHECK(backend_

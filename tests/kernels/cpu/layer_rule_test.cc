@@ -177,7 +177,8 @@ std::string CaseName(const testing::TestParamInfo<std::string>& golden) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, LayerRule,
-                         testing::Values("v3-groups", "v3-fp8", "v2-lite", "moonlight"), CaseName);
+                         testing::Values("v3-groups", "v3-fp8", "v31-fp8", "v2-lite", "moonlight"),
+                         CaseName);
 
 TEST(LayerRuleChecker, FindsABatchDependentBackend) {
   const std::unique_ptr<reference::ModelForward> model = LoadGolden("v3-groups");

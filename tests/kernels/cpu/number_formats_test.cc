@@ -85,7 +85,7 @@ TEST_P(NumberFormats, EveryBf16QuantizesAsTheReferenceConversion) {
   const int64_t dim = static_cast<int64_t>(values.size());
   std::vector<E4m3> codes(values.size());
   std::vector<float> scales(CeilDiv(dim, kQuantBlock));
-  kernels_.quantize_row(values.data(), dim, codes.data(), scales.data());
+  kernels_.quantize_row(values.data(), dim, false, codes.data(), scales.data());
   int64_t wrong = 0;
   for (int64_t i = 0; i < dim; ++i) {
     EXPECT_EQ(scales[i / kQuantBlock], 1.0f);

@@ -8,11 +8,13 @@
 #include <iostream>
 #include <memory>
 
+#include "base/check.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/reference/model_forward.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/cpu/batched_forward.h"
+#include "tests/kernels/cpu/forwarding_backend.h"
 #include "tests/kernels/cpu/random_tensors.h"
 
 namespace moebius::kernels::cpu {
@@ -140,7 +142,11 @@ TEST_F(ReferenceAgreement, EmbedIsBitEqual) {
 }
 
 TEST_F(ReferenceAgreement, QuantizeRowsIsBitEqual) {
-  for (const int64_t dim : {1, 128, 130, 1000}) {
+  for (const auto& [dim, power_of_two_scales] : {std::pair<int64_t, bool>{1, false},
+                                                 {128, false},
+                                                 {130, true},
+                                                 {130, false},
+                                                 {1000, true}}) {
     std::vector<Bf16> x = RandomBf16(prng_, 6 * dim, 3.0f);
     for (int64_t i = 0; i < dim; ++i) x[dim + i] = Bf16{0};  // the 1e-4 floor
     for (int64_t i = 0; i < dim; ++i) x[2 * dim + i] = RandomBf16(prng_, 1, 1e-6f)[0];
@@ -151,8 +157,12 @@ TEST_F(ReferenceAgreement, QuantizeRowsIsBitEqual) {
     std::vector<float> scales[2] = {std::vector<float>(6 * blocks), std::vector<float>(6 * blocks)};
     int which = 0;
     const auto [ours, theirs] = Both<E4m3>(6 * dim, [&](Backend& backend, E4m3* codes) {
-      return backend.QuantizeRows(
-          {.m = 6, .dim = dim, .x = x.data(), .codes = codes, .scales = scales[which++].data()});
+      return backend.QuantizeRows({.m = 6,
+                                   .dim = dim,
+                                   .x = x.data(),
+                                   .codes = codes,
+                                   .scales = scales[which++].data(),
+                                   .power_of_two_scales = power_of_two_scales});
     });
     for (size_t i = 0; i < ours.size(); ++i) {
       const bool nan = (theirs[i].bits & 0x7F) == 0x7F;
@@ -428,11 +438,62 @@ TEST_F(ReferenceAgreement, SampleAndDigest) {
   EXPECT_EQ(digests, expected);
 }
 
-// Whole models: mean |difference| of logits per unit of their standard deviation. BF16 activations
-// flip here and there between two orders of summation, and an expert choice with them.
+// Computes with the reference and compares what the CPU backend makes of the same inputs.
+class ComparingBackend : public ForwardingBackend {
+ public:
+  ComparingBackend(Backend* reference, Backend* cpu) : ForwardingBackend(reference), cpu_(*cpu) {}
+
+  absl::Status Linear(const LinearParams& p) override {
+    LinearParams other = p;
+    std::vector<Bf16> out(p.out_bf16 == nullptr ? 0 : p.m * p.weight.rows);
+    if (!out.empty()) {
+      other.out_bf16 = out.data();
+      other.out_stride = p.weight.rows;
+      CHECK_EQ(p.out_stride, p.weight.rows);
+      CHECK(cpu_.Linear(other).ok());
+    }
+    const absl::Status status = ForwardingBackend::Linear(p);
+    Compare(out, p.out_bf16);
+    return status;
+  }
+  absl::Status MlaAttention(const MlaAttentionParams& p) override {
+    MlaAttentionParams other = p;
+    std::vector<Bf16> out(p.m * p.dims.num_heads * p.dims.v_head_dim);
+    other.out = out.data();
+    CHECK(cpu_.MlaAttention(other).ok());
+    const absl::Status status = ForwardingBackend::MlaAttention(p);
+    Compare(out, p.out);
+    return status;
+  }
+  absl::Status ExpertFfn(const ExpertFfnParams& p) override {
+    ExpertFfnParams other = p;
+    std::vector<Bf16> out(p.m * p.hidden);
+    other.out = out.data();
+    CHECK(cpu_.ExpertFfn(other).ok());
+    const absl::Status status = ForwardingBackend::ExpertFfn(p);
+    Compare(out, p.out);
+    return status;
+  }
+  int64_t compared() const { return compared_; }
+  int64_t different() const { return different_; }
+
+ private:
+  void Compare(const std::vector<Bf16>& ours, const Bf16* theirs) {
+    for (size_t i = 0; i < ours.size(); ++i) different_ += ours[i].bits != theirs[i].bits;
+    compared_ += static_cast<int64_t>(ours.size());
+  }
+  Backend& cpu_;
+  int64_t compared_ = 0, different_ = 0;
+};
+
+// Whole models. First each operation on the reference's inputs: two orders of summation now and
+// then round to different neighbours. Then each backend on its own: mean |difference| of logits per
+// unit of their standard deviation. There one such flip spreads to all later positions, and in FP8
+// models it is magnified by the e4m3 codes that it changes. v31-fp8 has one at its second position,
+// so that it is bounded by what quantising costs (golden.json, quantizing_reference).
 TEST_F(ReferenceAgreement, GoldenModels) {
-  for (const char* name :
-       {"v3-groups", "v3-fp8", "v2-lite", "v2-groups", "moonlight", "kimi-k2", "yarn-long"}) {
+  for (const char* name : {"v3-groups", "v3-fp8", "v31-fp8", "v2-lite", "v2-groups", "moonlight",
+                           "kimi-k2", "yarn-long"}) {
     const auto model =
         reference::ModelForward::Load(std::string(MOEBIUS_SOURCE_DIR "/tests/golden/") + name);
     ASSERT_TRUE(model.ok()) << model.status();
@@ -445,7 +506,12 @@ TEST_F(ReferenceAgreement, GoldenModels) {
                       .where = {t, blocks}});
     }
     const BatchResult ours = BatchedForward(**model, *cpu_, 2).Run(rows);
-    const BatchResult theirs = BatchedForward(**model, reference_, 2).Run(rows);
+    ComparingBackend comparing(&reference_, cpu_.get());
+    const BatchResult theirs = BatchedForward(**model, comparing, 2).Run(rows);
+    std::cout << name << ": " << comparing.different() << " of " << comparing.compared()
+              << " BF16 values differ, operation by operation\n";
+    EXPECT_GT(comparing.compared(), 30'000);
+    EXPECT_LT(comparing.different(), comparing.compared() / 1000) << name;
     double difference = 0, sum = 0, squares = 0;
     const double count = static_cast<double>(ours.logits.size());
     for (size_t i = 0; i < ours.logits.size(); ++i) {
@@ -456,7 +522,8 @@ TEST_F(ReferenceAgreement, GoldenModels) {
     const double deviation = std::sqrt(squares / count - sum / count * (sum / count));
     std::cout << name << ": mean |difference| " << difference / count / deviation
               << " of the logits' standard deviation " << deviation << '\n';
-    EXPECT_LT(difference / count / deviation, 0.01) << name;
+    const double bound = name == std::string("v31-fp8") ? 0.0334 : 0.01;
+    EXPECT_LT(difference / count / deviation, bound) << name;
   }
 }
 

@@ -18,11 +18,11 @@ struct Quantized {
   float Value(size_t i) const { return ToFloat(codes[i]) * scales[i / kQuantBlock]; }
 };
 
-Quantized Quantize(const std::vector<float>& x) {
+Quantized Quantize(const std::vector<float>& x, bool power_of_two_scales = false) {
   Quantized q;
   q.codes.resize(x.size());
   q.scales.resize(CeilDiv(static_cast<int64_t>(x.size()), kQuantBlock));
-  QuantizeRow(x, absl::MakeSpan(q.codes), absl::MakeSpan(q.scales));
+  QuantizeRow(x, power_of_two_scales, absl::MakeSpan(q.codes), absl::MakeSpan(q.scales));
   return q;
 }
 
@@ -38,6 +38,22 @@ TEST(QuantizeRow, TheLargestOfEachBlockBecomes448) {
   EXPECT_EQ(ToFloat(q.codes[130]), 448.0f);
   EXPECT_EQ(ToFloat(q.codes[0]), 32.0f);     // 0.5 / (7 / 448) exactly
   EXPECT_EQ(ToFloat(q.codes[128]), 112.0f);  // 0.5 / (2 / 448) exactly
+}
+
+// V3.1: rounded up, never to nearest (then the largest value would overflow).
+TEST(QuantizeRow, PowerOfTwoScalesAreRoundedUp) {
+  for (const auto& [amax, scale] :
+       {std::pair{448.0f, 1.0f}, {449.0f, 2.0f}, {896.0f, 2.0f}, {447.0f, 1.0f}, {7.0f, 0x1p-6f}}) {
+    std::vector<float> x(130, 0.25f);
+    x[5] = -amax;
+    const Quantized q = Quantize(x, true);
+    EXPECT_EQ(q.scales[0], scale) << amax;
+    EXPECT_EQ(ToFloat(q.codes[5]), ToFloat(ToE4m3(-amax / scale)));
+    EXPECT_EQ(q.Value(129), 0.25f);
+  }
+  EXPECT_EQ(Quantize(std::vector<float>(5, 0.0f), true).scales[0], 0x1p-22f);  // 1e-4 / 448
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(std::isnan(Quantize({1.0f, nan}, true).scales[0]));
 }
 
 TEST(QuantizeRow, AnAllZeroBlockHasTheFloorScale) {
@@ -92,7 +108,7 @@ TEST(ExpertFfn, FromCodesEqualsFromTheValuesTheyStandFor) {
   for (int64_t i = 0; i < kHidden; ++i) x.push_back(std::sin(0.37f * static_cast<float>(i)));
   const Quantized q = Quantize(x);
   std::vector<float> from_codes(kHidden), expected(kHidden);
-  ExpertFfnQuantizedRow(weights, q.codes, q.scales, Rounding::kQuantizedExperts,
+  ExpertFfnQuantizedRow(weights, q.codes, q.scales, false, Rounding::kQuantizedExperts,
                         absl::MakeSpan(from_codes));
 
   for (size_t i = 0; i < x.size(); ++i) x[i] = q.Value(i);

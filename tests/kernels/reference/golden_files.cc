@@ -51,8 +51,9 @@ std::vector<Rows> ReadRows(const model::SafetensorsFile& file, const std::string
 }  // namespace
 
 const std::vector<std::string>& GoldenModelNames() {
-  static const auto* names = new std::vector<std::string>{
-      "v3-groups", "v2-lite", "v2-groups", "moonlight", "kimi-k2", "yarn-long", "v3-fp8"};
+  static const auto* names =
+      new std::vector<std::string>{"v3-groups", "v2-lite",   "v2-groups", "moonlight",
+                                   "kimi-k2",   "yarn-long", "v3-fp8",    "v31-fp8"};
   return *names;
 }
 

@@ -174,8 +174,13 @@ class Pipeline {
     std::vector<E4m3> codes(m_ * hidden);
     std::vector<float> scales(m_ * CeilDiv(hidden, kQuantBlock));
     if (c_.wire_dtype() == model::WireDtype::kE4m3) {
-      Ok(backend_.QuantizeRows(
-          {.m = m_, .dim = hidden, .x = x.data(), .codes = codes.data(), .scales = scales.data()}));
+      Ok(backend_.QuantizeRows({.m = m_,
+                                .dim = hidden,
+                                .x = x.data(),
+                                .codes = codes.data(),
+                                .scales = scales.data(),
+                                .power_of_two_scales = c_.power_of_two_scales()}));
+      ffn.power_of_two_scales = c_.power_of_two_scales();
       ffn.x_codes = codes.data();
       ffn.x_scales = scales.data();
     } else {
