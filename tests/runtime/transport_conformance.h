@@ -203,6 +203,75 @@ TYPED_TEST_P(TransportConformance, ARestartedPeerIsReachedAtTheSameAddress) {
   this->Establish();
 }
 
+// Completion is local: the buffer is free, and nobody may conclude that the frame arrived.
+TYPED_TEST_P(TransportConformance, ASendThatCompletedMayNeverArrive) {
+  using Kind = TransportEvent::Kind;
+  this->Establish();
+  constexpr uint64_t kLost = 77;
+  Frame frame = this->MakeFrame(this->harness_.client_pool(), kLost, 200);
+  ASSERT_EQ(this->harness_.client().Send(this->connection_, frame), SendResult::kSent);
+  // The server is alive and does not look: it is killed before it reads what lies there.
+  for (int i = 0; i<kMaxAdvances&& this->harness_.client_pool().in_use()> 0; ++i) {
+    this->client_.Take(this->harness_.client());
+    this->harness_.Advance();
+  }
+  ASSERT_EQ(this->harness_.client_pool().in_use(), 0u) << "the send did not complete";
+  ASSERT_EQ(this->client_.Find(Kind::kClosed), nullptr);
+  this->server_.events.clear();
+  this->server_alive_ = false;
+  this->harness_.KillServer();
+  ASSERT_TRUE(this->Until([&] { return this->client_.Find(Kind::kClosed) != nullptr; }));
+  this->client_.events.clear();
+  this->harness_.RestartServer();
+  this->server_alive_ = true;
+  this->Establish();
+  Frame after = this->MakeFrame(this->harness_.client_pool(), kLost + 1, 200);
+  ASSERT_EQ(this->harness_.client().Send(this->connection_, after), SendResult::kSent);
+  ASSERT_TRUE(this->Until([&] { return this->server_.Find(Kind::kFrame) != nullptr; }));
+  ASSERT_EQ(this->server_.Count(Kind::kFrame), 1u);
+  EXPECT_EQ(this->server_.Find(Kind::kFrame)->frame.header.correlation, kLost + 1);
+}
+
+// What was said to the old incarnation of a peer never reaches the new one, and the other way
+// round: a connection belongs to the two processes that made it.
+TYPED_TEST_P(TransportConformance, AConnectionToAnOldIncarnationStaysClosed) {
+  using Kind = TransportEvent::Kind;
+  this->Establish();
+  const ConnectionId old_connection = this->connection_;
+  const ConnectionId old_server_connection = this->server_connection_;
+  this->server_.events.clear();
+  this->server_alive_ = false;
+  this->harness_.KillServer();
+  this->harness_.RestartServer();
+  this->server_alive_ = true;
+  // The client may not have noticed yet: what it sends now is for the old incarnation.
+  uint64_t stale = 100;
+  ASSERT_TRUE(this->Until([&] {
+    if (this->harness_.client_pool().in_use() < 16) {
+      Frame frame = this->MakeFrame(this->harness_.client_pool(), stale, 200);
+      if (this->harness_.client().Send(old_connection, frame) == SendResult::kSent) ++stale;
+    }
+    return this->client_.Find(Kind::kClosed) != nullptr;
+  }));
+  EXPECT_EQ(this->client_.Find(Kind::kClosed)->connection, old_connection);
+  EXPECT_EQ(this->server_.Count(Kind::kFrame), 0u);
+  this->client_.events.clear();
+  this->Establish();
+  EXPECT_NE(this->connection_, old_connection);
+  // The new incarnation does not know the old one's connections by any name.
+  if (this->server_connection_ != old_server_connection) {
+    Frame frame = this->MakeFrame(this->harness_.server_pool(), 1, 64);
+    EXPECT_EQ(this->harness_.server().Send(old_server_connection, frame), SendResult::kUnreachable);
+  }
+  Frame frame = this->MakeFrame(this->harness_.client_pool(), 1, 64);
+  EXPECT_EQ(this->harness_.client().Send(old_connection, frame), SendResult::kUnreachable);
+  Frame good = this->MakeFrame(this->harness_.client_pool(), 2, 64);
+  ASSERT_EQ(this->harness_.client().Send(this->connection_, good), SendResult::kSent);
+  ASSERT_TRUE(this->Until([&] { return this->server_.Find(Kind::kFrame) != nullptr; }));
+  ASSERT_EQ(this->server_.Count(Kind::kFrame), 1u);
+  EXPECT_EQ(this->server_.Find(Kind::kFrame)->frame.header.correlation, 2u);
+}
+
 TYPED_TEST_P(TransportConformance, ConnectingToNobodyCloses) {
   using Kind = TransportEvent::Kind;
   const std::string address = this->harness_.server().ListenAddress();
@@ -240,7 +309,9 @@ REGISTER_TYPED_TEST_SUITE_P(TransportConformance, FramesArriveWholeAndInOrderSma
                             AnswersTravelOverTheAcceptedConnection,
                             AFullQueueRefusesAndAnnouncesWhenItDrains,
                             ADeadPeerClosesTheConnectionAndEveryBufferComesBack,
-                            ARestartedPeerIsReachedAtTheSameAddress, ConnectingToNobodyCloses,
+                            ARestartedPeerIsReachedAtTheSameAddress,
+                            ASendThatCompletedMayNeverArrive,
+                            AConnectionToAnOldIncarnationStaysClosed, ConnectingToNobodyCloses,
                             ClosingTellsBothSidesOnce);
 
 }  // namespace moebius::runtime
