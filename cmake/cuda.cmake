@@ -58,13 +58,3 @@ function(moebius_cuda_test name)
   target_link_libraries(${name} PRIVATE cuda_test_support)
   add_dependencies(cuda_tests ${name})
 endfunction()
-
-# moebius_cuda_bench(NAME SRCS ... [DEPS ...]): a benchmark program; all form the target cuda_benches.
-add_custom_target(cuda_benches)
-function(moebius_cuda_bench name)
-  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
-  add_executable(${name} ${ARG_SRCS})
-  target_include_directories(${name} PRIVATE "${CMAKE_SOURCE_DIR}" "${CMAKE_BINARY_DIR}")
-  target_link_libraries(${name} PRIVATE ${ARG_DEPS})
-  add_dependencies(cuda_benches ${name})
-endfunction()
