@@ -51,10 +51,13 @@ function(moebius_cuda_library name)
 endfunction()
 
 # moebius_cuda_test(NAME SRCS ... [DEPS ...]): a gtest binary that needs a GPU and says so without one.
-# All of them form the target cuda_tests.
+# All of them form the target cuda_tests, and the global property MOEBIUS_CUDA_TESTS names them.
 add_custom_target(cuda_tests)
 function(moebius_cuda_test name)
   moebius_test(${name} ${ARGN} LABELS cuda)
   target_link_libraries(${name} PRIVATE cuda_test_support)
   add_dependencies(cuda_tests ${name})
+  set_property(GLOBAL APPEND PROPERTY MOEBIUS_CUDA_TESTS ${name})
+  # gtest counts a skipped test as passed; ctest should not.
+  set_tests_properties(${name} PROPERTIES SKIP_REGULAR_EXPRESSION "NOT TESTED ON GPU")
 endfunction()

@@ -23,7 +23,7 @@ struct RouterOptions {
   wire::RowLimits limits;
   kernels::GateConfig gate;
   bool power_of_two_scales = false;  // of e4m3 rows (kernels::QuantizeRowsParams)
-  std::vector<GateWeights> layers;  // [limits.layers]
+  std::vector<GateWeights> layers;   // [limits.layers]
   // Requests in progress at once: attention workers times lanes.
   uint32_t max_rounds = 8;
   // Rows of one dispatch frame; larger shares go out as several frames.
