@@ -138,8 +138,8 @@ std::string FormatReport(const ModelReport& r) {
     absl::StrAppend(&out, absl::StrFormat("%-24s %s\n", name, value));
   };
   line("model type", Name(c.model_type));
-  line("layers", absl::StrCat(c.num_hidden_layers, ", ", r.moe_layers, " with experts, ",
-                              c.num_nextn_predict_layers, " MTP"));
+  line("layers", absl::StrCat(c.num_hidden_layers, " and ", c.num_nextn_predict_layers, " MTP, ",
+                              r.moe_layers, " of them with experts"));
   line("hidden size", absl::StrCat(c.hidden_size));
   line("vocabulary", absl::StrCat(c.vocab_size));
   line("context", absl::StrCat(c.max_position_embeddings, " tokens"));

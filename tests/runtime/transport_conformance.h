@@ -95,6 +95,23 @@ class TransportConformance : public testing::Test {
     client_.events.clear();
   }
 
+  void Kill() {
+    server_.events.clear();
+    server_alive_ = false;
+    harness_.KillServer();
+  }
+  void AwaitClosed() {
+    ASSERT_TRUE(Until([&] { return client_.Find(Kind::kClosed) != nullptr; }));
+  }
+  // The client has noticed; a successor is there, and a connection to it.
+  void Succeed() {
+    AwaitClosed();
+    client_.events.clear();
+    harness_.RestartServer();
+    server_alive_ = true;
+    Establish();
+  }
+
   Harness harness_;
   EventLog server_;
   EventLog client_;
@@ -180,10 +197,8 @@ TYPED_TEST_P(TransportConformance, ADeadPeerClosesTheConnectionAndEveryBufferCom
     Frame frame = this->MakeFrame(this->harness_.client_pool(), i + 1, 500000);
     ASSERT_NE(this->harness_.client().Send(this->connection_, frame), SendResult::kUnreachable);
   }
-  this->server_.events.clear();
-  this->server_alive_ = false;
-  this->harness_.KillServer();
-  ASSERT_TRUE(this->Until([&] { return this->client_.Find(Kind::kClosed) != nullptr; }));
+  this->Kill();
+  this->AwaitClosed();
   EXPECT_FALSE(this->client_.Find(Kind::kClosed)->status.ok());
   EXPECT_EQ(this->harness_.client_pool().in_use(), 0u);
   Frame frame = this->MakeFrame(this->harness_.client_pool(), 1, 64);
@@ -191,16 +206,9 @@ TYPED_TEST_P(TransportConformance, ADeadPeerClosesTheConnectionAndEveryBufferCom
 }
 
 TYPED_TEST_P(TransportConformance, ARestartedPeerIsReachedAtTheSameAddress) {
-  using Kind = TransportEvent::Kind;
   this->Establish();
-  this->server_.events.clear();
-  this->server_alive_ = false;
-  this->harness_.KillServer();
-  ASSERT_TRUE(this->Until([&] { return this->client_.Find(Kind::kClosed) != nullptr; }));
-  this->client_.events.clear();
-  this->harness_.RestartServer();
-  this->server_alive_ = true;
-  this->Establish();
+  this->Kill();
+  this->Succeed();
 }
 
 // Completion is local: the buffer is free, and nobody may conclude that the frame arrived.
@@ -217,14 +225,8 @@ TYPED_TEST_P(TransportConformance, ASendThatCompletedMayNeverArrive) {
   }
   ASSERT_EQ(this->harness_.client_pool().in_use(), 0u) << "the send did not complete";
   ASSERT_EQ(this->client_.Find(Kind::kClosed), nullptr);
-  this->server_.events.clear();
-  this->server_alive_ = false;
-  this->harness_.KillServer();
-  ASSERT_TRUE(this->Until([&] { return this->client_.Find(Kind::kClosed) != nullptr; }));
-  this->client_.events.clear();
-  this->harness_.RestartServer();
-  this->server_alive_ = true;
-  this->Establish();
+  this->Kill();
+  this->Succeed();
   Frame after = this->MakeFrame(this->harness_.client_pool(), kLost + 1, 200);
   ASSERT_EQ(this->harness_.client().Send(this->connection_, after), SendResult::kSent);
   ASSERT_TRUE(this->Until([&] { return this->server_.Find(Kind::kFrame) != nullptr; }));
@@ -239,9 +241,7 @@ TYPED_TEST_P(TransportConformance, AConnectionToAnOldIncarnationStaysClosed) {
   this->Establish();
   const ConnectionId old_connection = this->connection_;
   const ConnectionId old_server_connection = this->server_connection_;
-  this->server_.events.clear();
-  this->server_alive_ = false;
-  this->harness_.KillServer();
+  this->Kill();
   this->harness_.RestartServer();
   this->server_alive_ = true;
   // The client may not have noticed yet: what it sends now is for the old incarnation.
@@ -275,8 +275,7 @@ TYPED_TEST_P(TransportConformance, AConnectionToAnOldIncarnationStaysClosed) {
 TYPED_TEST_P(TransportConformance, ConnectingToNobodyCloses) {
   using Kind = TransportEvent::Kind;
   const std::string address = this->harness_.server().ListenAddress();
-  this->server_alive_ = false;
-  this->harness_.KillServer();
+  this->Kill();
   const ConnectionId connection = this->harness_.client().Connect(address);
   // UCX connects lazily: the first send is what fails.
   this->Until([&] {
