@@ -68,6 +68,7 @@ class AttentionActor::Impl {
   const model::Tokenizer* const tokenizer_;
   const RequestLimits limits_;
   const std::vector<TokenId> eos_token_ids_;
+  const std::function<void(const absl::Status&)> on_backend_failure_;
   KvBlockPool pool_;
   Scheduler scheduler_;
   StepBatch batch_;
@@ -93,6 +94,7 @@ AttentionActor::Impl::Impl(const AttentionModel& model, const AttentionOptions& 
               static_cast<uint32_t>(options.max_top_n), model.tokenizer != nullptr},
       eos_token_ids_(options.eos_token_ids.empty() ? model.config->eos_token_id
                                                    : options.eos_token_ids),
+      on_backend_failure_(options.on_backend_failure),
       pool_(options.num_blocks, model.config->num_hidden_layers, model.config->latent_dim()),
       scheduler_({options.max_step_tokens, options.prefill_chunk, options.max_running,
                   options.max_waiting},
@@ -348,10 +350,12 @@ void AttentionActor::Impl::EmitScores(Sequence* sequence, int32_t begin, int32_t
 }
 
 void AttentionActor::Impl::FailBackend(const absl::Status& status, runtime::Context& context) {
+  const bool first = backend_status_.ok();
   backend_status_ = status;
   while (Sequence* sequence = scheduler_.Oldest()) {
     EndEarly(sequence, FinishReason::kError, status, context);
   }
+  if (first && on_backend_failure_) on_backend_failure_(status);
   // The step ends when no compute work refers to it any more.
   if (layers_running_ || shared_running_) return;
   link_.Reset();

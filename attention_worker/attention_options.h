@@ -1,10 +1,11 @@
 #pragma once
 
 // Limits and wiring of one attention worker. Everything the actor holds is sized from these numbers
-// at construction; nothing grows afterwards. Plain records.
+// at construction; nothing grows afterwards.
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -56,6 +57,10 @@ struct AttentionOptions {
   // Tokens that end a stream, from generation_config.json or config.json (an int or a list there);
   // empty = the eos_token_id list of the model's config.
   std::vector<TokenId> eos_token_ids;
+
+  // Called once, on the node's loop, when the backend has failed for good: everything aboard has
+  // ended with that error and so will whatever comes. May be empty.
+  std::function<void(const absl::Status&)> on_backend_failure;
 };
 
 // INVALID_ARGUMENT naming the option that makes no sense for this model.

@@ -48,14 +48,9 @@ void ExpertActor::Receive(runtime::Message message, runtime::Context& context) {
   } else if (auto* done = std::get_if<runtime::ComputeDone>(&message)) {
     CHECK(computing_);
     computing_ = false;
-    if (!done->status.ok()) {
-      // The backend is unusable; senders time out and ask a replica.
-      LOG_ERROR(done->status.ToString());
-      batch_.clear();
-    } else {
-      answering_ = true;
-      answered_ = 0;
-    }
+    if (!done->status.ok()) FailBackend(done->status);
+    answering_ = true;
+    answered_ = 0;
   } else if (auto* posted = std::get_if<runtime::Posted>(&message)) {
     if (auto* host = std::any_cast<HostExperts>(&posted->body)) {
       hosting_.push_back(std::move(*host));
@@ -96,7 +91,18 @@ void ExpertActor::OnDispatch(runtime::FrameReceived received) {
   queue_.push_back(Queued{received.from, std::move(received.frame)});
 }
 
+void ExpertActor::FailBackend(const absl::Status& status) {
+  // It must not be used again. The batch is refused as not hosted, and so is all that follows: the
+  // router asks elsewhere at once, in place of waiting for a row that will not come.
+  failed_ = true;
+  for (Hosted& hosted : hosted_) hosted = Hosted();
+  counters_->experts_hosted.store(0, std::memory_order_relaxed);
+  std::fill(item_row_.begin(), item_row_.end(), kNotHere);
+  if (options_.on_backend_failure) options_.on_backend_failure(status);
+}
+
 void ExpertActor::ApplyHosting() {
+  if (failed_) hosting_.clear();
   for (HostExperts& order : hosting_) {
     for (const HostedExpert& expert : order.experts) {
       CHECK(expert.layer.value() < options_.limits.layers &&

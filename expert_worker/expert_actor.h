@@ -35,6 +35,9 @@ struct ExpertOptions {
   bool power_of_two_scales = false;  // of the requantised SwiGLU output (e4m3 rows)
   uint32_t max_batch_items = 4096;
   uint32_t max_queued_frames = 1024;
+  // Called once, on the node's loop, when the backend has failed for good: from then on the worker
+  // hosts nothing, and says so to whoever asks. May be empty.
+  std::function<void(const absl::Status&)> on_backend_failure;
 };
 
 struct HostedExpert {
@@ -107,6 +110,7 @@ class ExpertActor final : public runtime::Actor {
   }
   void OnDispatch(runtime::FrameReceived received);
   void ApplyHosting();
+  void FailBackend(const absl::Status& status);
   void StartBatch(runtime::Context& context);
   void PlanBatch();
   absl::Status Compute();
@@ -125,6 +129,7 @@ class ExpertActor final : public runtime::Actor {
   std::vector<Queued> queue_;
   size_t queue_head_ = 0;
 
+  bool failed_ = false;
   bool computing_ = false;
   bool answering_ = false;  // a computed batch whose answers are not all built
   size_t answered_ = 0;

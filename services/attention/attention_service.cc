@@ -135,15 +135,13 @@ absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
   std::unique_ptr<AttentionProcess> process(new AttentionProcess());
   ASSIGN_OR_RETURN(process->host_, OpenModel(flags.model));
   const ModelHost& host = *process->host_;
-  ASSIGN_OR_RETURN(model::AttentionWorkerWeights weights,
-                   model::LoadAttentionWorkerWeights(*host.checkpoint, host.config));
-  RETURN_IF_ERROR(
-      model::VerifyTensors(host.manifest, *host.checkpoint, weights.storage.tensor_names()));
-  process->weights_ = std::make_unique<model::AttentionWorkerWeights>(std::move(weights));
+  RETURN_IF_ERROR(CheckLatentCache(host.config, flags.num_blocks));
+  ASSIGN_OR_RETURN(process->weights_, LoadAttentionWeights(host));
   process->attention_backend_ = MakeBackend(flags.threads);
   process->router_backend_ = MakeBackend(1);
-  ASSIGN_OR_RETURN(process->data_, DataNode::Open(host, *process->attention_backend_,
-                                                  flags.data_address, wire::NodeRole::kAttention));
+  ASSIGN_OR_RETURN(process->data_,
+                   DataNode::Open(host, *process->attention_backend_, flags.data_address,
+                                  flags.node, wire::NodeRole::kAttention));
   runtime::Node& node = process->data_->node();
 
   attention_worker::AttentionOptions options;
@@ -154,6 +152,7 @@ absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
   options.num_blocks = flags.num_blocks;
   options.max_running = flags.max_running;
   options.sampled_vocab = host.sampled_vocab();
+  options.on_backend_failure = EndAfterFailure;
   RETURN_IF_ERROR(attention_worker::ValidateOptions(host.config, options));
   auto attention = std::make_unique<attention_worker::AttentionActor>(
       attention_worker::AttentionModel{&host.config, process->weights_.get(),
@@ -183,15 +182,17 @@ absl::StatusOr<std::unique_ptr<AttentionProcess>> AttentionProcess::Start(
   self.set_numerics(process->attention_backend_->NumericsName());
   process->controller_ = std::make_unique<ControllerClient>(
       flags.controller, flags.listen, self,
-      ControllerClient::Handlers{
-          nullptr, [raw = process.get()](const v1::ClusterView& view) { raw->OnView(view); }});
+      ControllerClient::Handlers{nullptr, [raw = process.get()](const v1::ClusterView& view) {
+                                   return raw->OnView(view);
+                                 }});
+  process->controller_->Start();
   RETURN_IF_ERROR(PublishAddress(flags.port_file, process->server_.address));
   return process;
 }
 
 AttentionProcess::~AttentionProcess() = default;
 
-void AttentionProcess::OnView(const v1::ClusterView& view) {
+absl::Status AttentionProcess::OnView(const v1::ClusterView& view) {
   if (view.hosts_size() > 0) {
     auto placement = std::make_shared<router::Placement>(
         Epoch(view.epoch()), static_cast<uint32_t>(host_->config.total_layers()),
@@ -204,19 +205,22 @@ void AttentionProcess::OnView(const v1::ClusterView& view) {
         for (uint32_t expert : layer.experts()) {
           if (layer.layer() >= placement->layers() || expert >= placement->experts_per_layer()) {
             LOG_ERROR("placement names an expert that this model does not have");
-            return;
+            return absl::OkStatus();  // it would be no better the next time
           }
           placement->AddReplica(LayerId(layer.layer()), ExpertId(expert),
                                 {node, runtime::kExpertWorker});
         }
       }
     }
-    (void)data_->node().Post(runtime::kRouter, router::PlacementUpdate{std::move(placement)});
+    // A full mailbox must not cost us the epoch: the view comes again.
+    RETURN_IF_ERROR(
+        data_->node().Post(runtime::kRouter, router::PlacementUpdate{std::move(placement)}));
   }
   // A controller that has just started knows less than we do.
   complete_ = view.complete() || (!view.settled() && complete_);
   server_.SetServing(complete_);
   controller_->SetReady(complete_);
+  return absl::OkStatus();
 }
 
 StatusServiceImpl::Counters AttentionProcess::ReadCounters() const {

@@ -46,7 +46,7 @@ class AttentionProcess {
 
  private:
   AttentionProcess() = default;
-  void OnView(const v1::ClusterView& view);
+  absl::Status OnView(const v1::ClusterView& view);
   StatusServiceImpl::Counters ReadCounters() const;
 
   std::unique_ptr<ModelHost> host_;

@@ -19,5 +19,5 @@ int main(int argc, char** argv) {
   LOG_INFO(absl::StrCat("serving on ", (*process)->address()));
   WaitForStop();
   (*process)->Drain();
-  return 0;
+  return ExitCode();
 }

@@ -93,13 +93,15 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
     add("gateway", "gateway", {"--listen", options.listen, "--controller", controller});
     for (int i = 0; i < options.attention; ++i) {
       add(absl::StrCat("attention-", i), "attention",
-          {"--controller", controller, "--threads", absl::StrCat(options.threads),
-           "--prefill-chunk", absl::StrCat(options.prefill_chunk), "--blocks",
-           absl::StrCat(options.num_blocks), "--max-running", absl::StrCat(options.max_running)});
+          {"--controller", controller, "--node", absl::StrCat("attention-", i), "--threads",
+           absl::StrCat(options.threads), "--prefill-chunk", absl::StrCat(options.prefill_chunk),
+           "--blocks", absl::StrCat(options.num_blocks), "--max-running",
+           absl::StrCat(options.max_running)});
     }
     for (int i = 0; i < options.experts; ++i) {
       add(absl::StrCat("expert-", i), "expert",
-          {"--controller", controller, "--threads", absl::StrCat(options.threads)});
+          {"--controller", controller, "--node", absl::StrCat("expert-", i), "--threads",
+           absl::StrCat(options.threads)});
     }
   };
 

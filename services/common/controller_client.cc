@@ -16,7 +16,9 @@ ControllerClient::ControllerClient(const std::string& address, const ListenOptio
                                    v1::Worker self, Handlers handlers)
     : stub_(v1::Control::NewStub(MakeChannel(address, credentials))),
       handlers_(std::move(handlers)),
-      self_(std::move(self)) {
+      self_(std::move(self)) {}
+
+void ControllerClient::Start() {
   if (self_.node() != 0) renew_thread_ = std::thread([this] { RenewLoop(); });
   if (handlers_.on_order) order_thread_ = std::thread([this] { OrderLoop(); });
   if (handlers_.on_view) watch_thread_ = std::thread([this] { WatchLoop(); });
@@ -131,7 +133,14 @@ void ControllerClient::WatchLoop() {
     }
     auto reader = stub_->Watch(&context, v1::WatchRequest());
     v1::ClusterView view;
-    while (reader->Read(&view)) handlers_.on_view(view);
+    while (reader->Read(&view)) {
+      while (true) {
+        const absl::Status taken = handlers_.on_view(view);
+        if (taken.ok()) break;
+        LOG_WARNING(absl::StrCat("view of epoch ", view.epoch(), ": ", taken.ToString()));
+        if (!Pause(kRetryEvery)) break;
+      }
+    }
     (void)reader->Finish();
     std::lock_guard<std::mutex> lock(mutex_);
     watching_ = nullptr;

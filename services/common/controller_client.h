@@ -20,18 +20,20 @@ namespace moebius::services {
 
 class ControllerClient {
  public:
-  // `on_order` runs on the renewing thread for each new order (may take long: renewals go on from
-  // another thread); when it returns OK the order counts as carried out. `on_view` runs on the
-  // watching thread.
+  // `on_order` runs on a thread of its own for each new order (may take long: renewals go on); when
+  // it returns OK the order counts as carried out. `on_view` runs on the watching thread; a view
+  // for which it does not return OK is given to it again after a moment.
   struct Handlers {
     std::function<absl::Status(const v1::HostOrder&)> on_order;
-    std::function<void(const v1::ClusterView&)> on_view;
+    std::function<absl::Status(const v1::ClusterView&)> on_view;
   };
   // `self.node() == 0`: watch only (a gateway).
   ControllerClient(const std::string& address, const ListenOptions& credentials, v1::Worker self,
                    Handlers handlers);
   ~ControllerClient();
 
+  // Starts the threads. Apart from the constructor, so that handlers may use what owns this client.
+  void Start();
   void SetReady(bool ready);
   // Tells the controller to place nothing here any more (at once, best effort).
   void Leave();

@@ -8,6 +8,7 @@ namespace moebius::services {
 absl::StatusOr<std::unique_ptr<DataNode>> DataNode::Open(const ModelHost& host,
                                                          const kernels::Backend& backend,
                                                          const std::string& address,
+                                                         const std::string& name,
                                                          wire::NodeRole role) {
   constexpr uint32_t kPeers = 16;
   std::unique_ptr<DataNode> data(new DataNode());
@@ -18,7 +19,8 @@ absl::StatusOr<std::unique_ptr<DataNode>> DataNode::Open(const ModelHost& host,
   options.max_payload_bytes = data->pool_->max_buffer_bytes();
   ASSIGN_OR_RETURN(data->transport_, runtime::ucx::MakeUcxTransport(options, *data->pool_));
   runtime::NodeOptions node;
-  node.identity = MakeIdentity(host, backend, FreshNodeId(), FreshIncarnation(), role);
+  node.identity = MakeIdentity(host, backend, name.empty() ? FreshNodeId() : NodeIdOf(name),
+                               FreshIncarnation(), role);
   node.seed = node.identity.incarnation.value();
   // Several processes share few cores here: a stall of scheduling must not look like a death.
   node.timings.dead_after = std::chrono::seconds(5);

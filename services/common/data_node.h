@@ -18,10 +18,13 @@ namespace moebius::services {
 
 class DataNode {
  public:
-  // Listens on `address`; the loop does not run yet: add actors, then Start.
+  // Listens on `address`; the loop does not run yet: add actors, then Start. A process that is
+  // started again under the same `name` is the next incarnation of the same node; an empty name is
+  // a node of its own each time.
   static absl::StatusOr<std::unique_ptr<DataNode>> Open(const ModelHost& host,
                                                         const kernels::Backend& backend,
                                                         const std::string& address,
+                                                        const std::string& name,
                                                         wire::NodeRole role);
   ~DataNode();
   runtime::Node& node() { return *node_; }

@@ -31,6 +31,9 @@ ServiceFlags ParseFlagsOrExit(ServiceRole role, int argc, char** argv) {
   }
   if (role == ServiceRole::kAttention || role == ServiceRole::kExpert) {
     app.add_option("--data-address", flags.data_address, "IPv4 address of the data plane");
+    app.add_option(
+        "--node", flags.node,
+        "name of this worker, the same after a restart and no other's (default: random)");
     app.add_option("--threads", flags.threads, "compute threads")->check(CLI::Range(1, 256));
   }
   if (role == ServiceRole::kAttention) {

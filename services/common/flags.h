@@ -14,6 +14,7 @@ struct ServiceFlags {
   std::string model;       // directory
   std::string controller;  // gRPC address; empty for the controller itself
   std::string data_address = "127.0.0.1:0";
+  std::string node;  // workers: a name that restarts keep; empty: a random one
   ListenOptions listen;
   std::string port_file;  // where to write the gRPC address once serving
   std::string log_level = "info";

@@ -15,9 +15,7 @@ absl::StatusOr<std::unique_ptr<LocalEngine>> LocalEngine::Open(const std::string
   std::unique_ptr<LocalEngine> engine(new LocalEngine());
   ASSIGN_OR_RETURN(engine->host_, OpenModel(model_dir));
   const ModelHost& host = *engine->host_;
-  ASSIGN_OR_RETURN(model::AttentionWorkerWeights weights,
-                   model::LoadAttentionWorkerWeights(*host.checkpoint, host.config));
-  engine->weights_ = std::make_unique<model::AttentionWorkerWeights>(std::move(weights));
+  ASSIGN_OR_RETURN(engine->weights_, LoadAttentionWeights(host));
   const auto backend = [&](int threads) {
     engine->backends_.push_back(MakeBackend(threads));
     return engine->backends_.back().get();
@@ -46,6 +44,7 @@ absl::StatusOr<std::unique_ptr<LocalEngine>> LocalEngine::Open(const std::string
                              : static_cast<int32_t>(std::clamp<int64_t>(one_sequence, 64, 4096));
   attention.sampled_vocab = host.sampled_vocab();
   RETURN_IF_ERROR(attention_worker::ValidateOptions(host.config, attention));
+  RETURN_IF_ERROR(CheckLatentCache(host.config, attention.num_blocks));
   auto actor = std::make_unique<attention_worker::AttentionActor>(
       attention_worker::AttentionModel{&host.config, engine->weights_.get(), attention_backend,
                                        host.tokenizer.get()},

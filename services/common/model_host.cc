@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "base/check.h"
 #include "base/hash.h"
 #include "base/log.h"
@@ -67,6 +68,27 @@ absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir) {
     return tokenizer.status();
   }
   return host;
+}
+
+absl::StatusOr<std::unique_ptr<model::AttentionWorkerWeights>> LoadAttentionWeights(
+    const ModelHost& host) {
+  ASSIGN_OR_RETURN(model::AttentionWorkerWeights weights,
+                   model::LoadAttentionWorkerWeights(*host.checkpoint, host.config));
+  RETURN_IF_ERROR(
+      model::VerifyTensors(host.manifest, *host.checkpoint, weights.storage.tensor_names()));
+  return std::make_unique<model::AttentionWorkerWeights>(std::move(weights));
+}
+
+absl::Status CheckLatentCache(const model::ModelConfig& config, int64_t num_blocks) {
+  const double machine =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  const double cache = static_cast<double>(num_blocks) * kernels::kCacheBlockTokens *
+                       static_cast<double>(config.num_hidden_layers * config.latent_dim()) *
+                       sizeof(Bf16);
+  if (cache <= machine) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrFormat("num_blocks: %d blocks of latent cache are %.1f GB, this machine has %.1f GB",
+                      num_blocks, cache * 1e-9, machine * 1e-9));
 }
 
 std::unique_ptr<kernels::Backend> MakeBackend(int threads) {
@@ -185,5 +207,7 @@ uint64_t FreshNodeId() {
   std::random_device device;
   return (uint64_t{device()} << 32 | device()) | 1;
 }
+
+uint64_t NodeIdOf(const std::string& name) { return Hash64(name.data(), name.size()) | 1; }
 
 }  // namespace moebius::services

@@ -39,6 +39,15 @@ struct ModelHost {
 // Errors name the file. The manifest is computed if there is none yet (one read of the checkpoint).
 absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir);
 
+// An attention worker's weights, every tensor checked against the manifest. Errors: DATA_LOSS names
+// the file and tensor.
+absl::StatusOr<std::unique_ptr<model::AttentionWorkerWeights>> LoadAttentionWeights(
+    const ModelHost& host);
+
+// INVALID_ARGUMENT that names num_blocks if the latent cache would be larger than this machine's
+// memory.
+absl::Status CheckLatentCache(const model::ModelConfig& config, int64_t num_blocks);
+
 // The backend of this machine. `threads` counts the calling one.
 std::unique_ptr<kernels::Backend> MakeBackend(int threads);
 
@@ -73,5 +82,7 @@ absl::StatusOr<expert_worker::HostExperts> LoadExperts(const ModelHost& host, La
 // A number that no earlier start of a process can have had.
 uint64_t FreshIncarnation();
 uint64_t FreshNodeId();
+// The node that bears this name.
+uint64_t NodeIdOf(const std::string& name);
 
 }  // namespace moebius::services

@@ -7,13 +7,14 @@
 #include <atomic>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "model/file_io.h"
 
 namespace moebius::services {
 namespace {
 
-std::atomic<bool> stopping{false};
+std::atomic<bool> failed{false};
 
 sigset_t StopSignals() {
   sigset_t set;
@@ -35,7 +36,6 @@ void WaitForStop() {
   const sigset_t set = StopSignals();
   int received = 0;
   sigwait(&set, &received);
-  stopping.store(true);
   LOG_INFO("draining");
   std::thread([set] {
     int again = 0;
@@ -44,7 +44,13 @@ void WaitForStop() {
   }).detach();
 }
 
-bool Stopping() { return stopping.load(); }
+void EndAfterFailure(const absl::Status& why) {
+  if (failed.exchange(true)) return;
+  LOG_ERROR(absl::StrCat("cannot go on: ", why.ToString()));
+  kill(getpid(), SIGTERM);
+}
+
+int ExitCode() { return failed.load() ? 1 : 0; }
 
 absl::Status PublishAddress(const std::string& path, const std::string& address) {
   if (path.empty()) return absl::OkStatus();

@@ -17,8 +17,12 @@ void BlockStopSignals();
 // once (exit 130).
 void WaitForStop();
 
-// True once WaitForStop has returned somewhere (polled by loops that must end).
-bool Stopping();
+// A worker whose device failed can serve no more; a fresh start of it may. Lets WaitForStop return
+// as after SIGTERM and ExitCode be 1. Any thread; calls after the first do nothing.
+void EndAfterFailure(const absl::Status& why);
+
+// What main() returns: 0, or 1 after EndAfterFailure.
+int ExitCode();
 
 // Writes `address` to `path` atomically (a starter polls for the file). Empty path: does nothing.
 absl::Status PublishAddress(const std::string& path, const std::string& address);

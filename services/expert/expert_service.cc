@@ -20,9 +20,11 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(const Servic
   const ModelHost& host = *service->host_;
   service->backend_ = MakeBackend(flags.threads);
   ASSIGN_OR_RETURN(service->data_, DataNode::Open(host, *service->backend_, flags.data_address,
-                                                  wire::NodeRole::kExpert));
-  auto actor = std::make_unique<expert_worker::ExpertActor>(
-      MakeExpertOptions(host.config, kMaxStepRows), service->backend_.get());
+                                                  flags.node, wire::NodeRole::kExpert));
+  expert_worker::ExpertOptions options = MakeExpertOptions(host.config, kMaxStepRows);
+  options.on_backend_failure = EndAfterFailure;
+  auto actor =
+      std::make_unique<expert_worker::ExpertActor>(std::move(options), service->backend_.get());
   service->counters_ = actor->counters();
   runtime::Node& node = service->data_->node();
   node.AddActor(runtime::kExpertWorker, std::move(actor));
@@ -52,6 +54,7 @@ absl::StatusOr<std::unique_ptr<ExpertService>> ExpertService::Start(const Servic
       ControllerClient::Handlers{
           [raw = service.get()](const v1::HostOrder& order) { return raw->CarryOut(order); },
           nullptr});
+  service->controller_->Start();
   RETURN_IF_ERROR(PublishAddress(flags.port_file, service->server_.address));
   return service;
 }

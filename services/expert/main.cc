@@ -18,5 +18,5 @@ int main(int argc, char** argv) {
   LOG_INFO(absl::StrCat("serving on ", (*service)->address()));
   WaitForStop();
   (*service)->Drain();
-  return 0;
+  return ExitCode();
 }

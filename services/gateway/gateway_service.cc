@@ -50,8 +50,11 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const ServiceFlags& flag
                    StartServer(flags.listen, {gateway.get(), gateway->status_.get()}));
   gateway->controller_ = std::make_unique<ControllerClient>(
       flags.controller, flags.listen, v1::Worker(),
-      ControllerClient::Handlers{
-          nullptr, [raw = gateway.get()](const v1::ClusterView& view) { raw->OnView(view); }});
+      ControllerClient::Handlers{nullptr, [raw = gateway.get()](const v1::ClusterView& view) {
+                                   raw->OnView(view);
+                                   return absl::OkStatus();
+                                 }});
+  gateway->controller_->Start();
   RETURN_IF_ERROR(PublishAddress(flags.port_file, gateway->server_.address));
   return gateway;
 }

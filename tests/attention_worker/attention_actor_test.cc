@@ -17,6 +17,7 @@
 #include "tests/cluster/sequential_oracle.h"
 #include "tests/cluster/test_backend.h"
 #include "tests/cluster/toy_model.h"
+#include "tests/kernels/forwarding_backend.h"
 
 namespace moebius::attention_worker {
 namespace {
@@ -474,45 +475,16 @@ TEST(AttentionActorTest, ScoreAgreesWithSampledGeneration) {
 }
 
 // A Backend whose Linear fails at a chosen call.
-class FailingBackend final : public kernels::Backend {
+class FailingBackend final : public kernels::ForwardingBackend {
  public:
-  FailingBackend(kernels::Backend* inner, int fail_at) : inner_(*inner), countdown_(fail_at) {}
-  std::string NumericsName() const override { return inner_.NumericsName(); }
+  FailingBackend(kernels::Backend* inner, int fail_at)
+      : ForwardingBackend(inner), countdown_(fail_at) {}
   absl::Status Linear(const kernels::LinearParams& p) override {
     if (--countdown_ == 0) return absl::InternalError("device lost");
-    return inner_.Linear(p);
+    return ForwardingBackend::Linear(p);
   }
-  absl::Status Embed(const kernels::EmbedParams& p) override { return inner_.Embed(p); }
-  absl::Status RmsNorm(const kernels::RmsNormParams& p) override { return inner_.RmsNorm(p); }
-  absl::Status SwiGlu(const kernels::SwiGluParams& p) override { return inner_.SwiGlu(p); }
-  absl::Status ResidualAdd(const kernels::ResidualAddParams& p) override {
-    return inner_.ResidualAdd(p);
-  }
-  absl::Status MoeResidual(const kernels::MoeResidualParams& p) override {
-    return inner_.MoeResidual(p);
-  }
-  absl::Status RopeAndCache(const kernels::RopeAndCacheParams& p) override {
-    return inner_.RopeAndCache(p);
-  }
-  absl::Status MlaAttention(const kernels::MlaAttentionParams& p) override {
-    return inner_.MlaAttention(p);
-  }
-  absl::Status GateSelect(const kernels::GateSelectParams& p) override {
-    return inner_.GateSelect(p);
-  }
-  absl::Status QuantizeRows(const kernels::QuantizeRowsParams& p) override {
-    return inner_.QuantizeRows(p);
-  }
-  absl::Status ExpertFfn(const kernels::ExpertFfnParams& p) override { return inner_.ExpertFfn(p); }
-  absl::Status Combine(const kernels::CombineParams& p) override { return inner_.Combine(p); }
-  absl::Status Sample(const kernels::SampleParams& p) override { return inner_.Sample(p); }
-  absl::Status TokenLogprobs(const kernels::TokenLogprobsParams& p) override {
-    return inner_.TokenLogprobs(p);
-  }
-  absl::Status RowDigest(const kernels::RowDigestParams& p) override { return inner_.RowDigest(p); }
 
  private:
-  kernels::Backend& inner_;
   int countdown_;
 };
 
@@ -522,9 +494,11 @@ TEST(AttentionActorTest, ABackendErrorEndsEverythingAboard) {
     SCOPED_TRACE(fail_at);
     Harness h(SmallOptions());
     FailingBackend failing(h.backend_.get(), fail_at);
+    AttentionOptions options = SmallOptions();
+    std::vector<absl::Status> told;
+    options.on_backend_failure = [&](const absl::Status& status) { told.push_back(status); };
     AttentionActor actor(
-        {.config = &Model().config(), .weights = &Model().weights(), .backend = &failing},
-        SmallOptions());
+        {.config = &Model().config(), .weights = &Model().weights(), .backend = &failing}, options);
     h.node_.Host(&actor);
     h.node_.Post(h.Request(1, 20, 20));
     h.node_.Post(h.Request(2, 20, 20));
@@ -538,6 +512,8 @@ TEST(AttentionActorTest, ABackendErrorEndsEverythingAboard) {
     h.node_.Post(h.Request(3, 20, 20));
     h.node_.RunUntilIdle();
     EXPECT_EQ(h.streams_[3].status.code(), absl::StatusCode::kInternal);
+    ASSERT_EQ(told.size(), 1u) << "once, whatever comes after";
+    EXPECT_EQ(told[0].message(), "device lost");
   }
 }
 

@@ -11,6 +11,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/reference/reference_backend.h"
+#include "tests/kernels/forwarding_backend.h"
 #include "tests/runtime/fake_context.h"
 
 namespace moebius::expert_worker {
@@ -42,13 +43,16 @@ class ExpertActorTest : public ::testing::Test {
       matrix->resize(kExperts * kHidden * kInter);
       for (Bf16& value : *matrix) value = ToBf16((prng.Unit() - 0.5f) * 0.3f);
     }
+    actor_ = std::make_unique<ExpertActor>(Options(), &backend_);
+    counters_ = actor_->counters();
+  }
+  static ExpertOptions Options() {
     ExpertOptions options;
     options.limits = kLimits;
     options.intermediate = kInter;
     options.max_batch_items = 16;
     options.max_queued_frames = 4;
-    actor_ = std::make_unique<ExpertActor>(options, &backend_);
-    counters_ = actor_->counters();
+    return options;
   }
   void TearDown() override {
     context_.sent.clear();
@@ -256,6 +260,44 @@ TEST_F(ExpertActorTest, ABusyLinkKeepsItsOrderAndHoldsNobodyElseUp) {
   ASSERT_EQ(answers.size(), 2u);
   EXPECT_EQ(answers[0].header.correlation, 1u);
   EXPECT_EQ(answers[1].header.correlation, 2u);
+}
+
+// Fails at every expert FFN, and counts them.
+class LostDevice final : public kernels::ForwardingBackend {
+ public:
+  using ForwardingBackend::ForwardingBackend;
+  absl::Status ExpertFfn(const kernels::ExpertFfnParams&) override {
+    ++calls;
+    return absl::InternalError("device lost");
+  }
+  int calls = 0;
+};
+
+TEST_F(ExpertActorTest, AfterABackendErrorItHostsNothingAndSaysSo) {
+  LostDevice lost(&backend_);
+  std::vector<absl::Status> told;
+  ExpertOptions options = Options();
+  options.on_backend_failure = [&](const absl::Status& status) { told.push_back(status); };
+  actor_ = std::make_unique<ExpertActor>(options, &lost);
+  counters_ = actor_->counters();
+  Host({0, 1});
+  Receive(Dispatch(Router(1), 1, {{0}, {1}}, 5));
+  Receive(Dispatch(Router(2), 2, {{1}}, 6));  // waits for the batch that fails
+  context_.RunWorks(*actor_);
+  const std::vector<Answered> answers = TakeAnswers();
+  ASSERT_EQ(answers.size(), 2u) << "nobody has to wait for a timeout";
+  for (const Answered& answer : answers) {
+    EXPECT_EQ(answer.header.type, static_cast<uint16_t>(wire::FrameType::kNotHosted));
+  }
+  EXPECT_EQ(answers[0].items.size(), 2u);
+  EXPECT_EQ(counters_->experts_hosted.load(), 0u);
+  Host({2});
+  Receive(Dispatch(Router(1), 3, {{2}}, 7));
+  context_.RunWorks(*actor_);
+  EXPECT_EQ(TakeAnswers().at(0).header.type, static_cast<uint16_t>(wire::FrameType::kNotHosted));
+  EXPECT_EQ(lost.calls, 1) << "a failed backend is never used again";
+  ASSERT_EQ(told.size(), 1u);
+  EXPECT_EQ(told[0].message(), "device lost");
 }
 
 TEST_F(ExpertActorTest, AnswersOfALostPeerAreDropped) {

@@ -222,9 +222,13 @@ std::string ServiceProcess::Log() const {
 
 Result Generate(GenerationClient& client, const v1::GenerateRequest& request) {
   Result result;
+  std::optional<steady_clock::time_point> last;
   result.status = client.Generate(request, [&](const v1::GenerateEvent& event) {
     result.preemptions = std::max<uint64_t>(result.preemptions, event.usage().preemptions());
     if (!event.has_token()) return;
+    const auto now = steady_clock::now();
+    if (last) result.longest_pause = std::max(result.longest_pause, now - *last);
+    last = now;
     EXPECT_EQ(event.token_index(), result.ids.size());
     result.ids.push_back(event.token_id());
     result.digests.push_back(event.row_digest());

@@ -107,6 +107,7 @@ struct Result {
   std::vector<int32_t> ids;
   std::vector<uint64_t> digests;
   uint64_t preemptions = 0;
+  std::chrono::steady_clock::duration longest_pause{};  // between two tokens
 };
 
 Result Generate(GenerationClient& client, const v1::GenerateRequest& request);

@@ -4,17 +4,34 @@
 // same requests.
 
 #include <signal.h>
+#include <sys/wait.h>
 
 #include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <set>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "gtest/gtest.h"
 #include "tests/services/process_cluster.h"
 
 namespace moebius::services {
 namespace {
+
+// The expert workers' node numbers: counters are named expert/NODE/NAME.
+std::set<std::string> ExpertNodes(ScopedCluster& cluster) {
+  std::set<std::string> nodes;
+  for (const auto& [name, value] : cluster.Counters()) {
+    const std::vector<std::string> parts = absl::StrSplit(name, '/');
+    if (parts.size() == 3 && parts[0] == "expert") nodes.insert(parts[1]);
+  }
+  return nodes;
+}
 
 TEST(ProcessCluster, GivesTheBitsOfOneProcessForAnyNumberOfExpertWorkers) {
   const std::vector<Result> expected = Yardstick(16);
@@ -109,6 +126,8 @@ TEST(ProcessCluster, AKilledExpertWorkerCostsAWaitAndNotOneToken) {
   constexpr int64_t kTokens = 400;
   const std::vector<Result> expected = Yardstick(4, kTokens);
   ScopedCluster cluster(LocalClusterOptions{});
+  const std::set<std::string> nodes = ExpertNodes(cluster);
+  ASSERT_EQ(nodes.size(), 2u);
   std::atomic<bool> done{false};
   std::vector<Result> results;
   std::thread load([&] {
@@ -129,7 +148,15 @@ TEST(ProcessCluster, AKilledExpertWorkerCostsAWaitAndNotOneToken) {
   }
   load.join();
   ASSERT_TRUE(killed);
-  for (int i = 0; i < 4; ++i) ExpectSame(results[i], expected[i], absl::StrCat("request ", i));
+  for (int i = 0; i < 4; ++i) {
+    ExpectSame(results[i], expected[i], absl::StrCat("request ", i));
+    std::printf("request %d paused for %.0f ms at most\n", i,
+                std::chrono::duration<double, std::milli>(results[i].longest_pause).count());
+    // Nobody waits for a lease (3 s) to lapse: the next incarnation is known for what it is.
+    EXPECT_LT(results[i].longest_pause, std::chrono::milliseconds(2500));
+  }
+  // It came back as the next incarnation of the same node: its experts moved nowhere.
+  EXPECT_EQ(ExpertNodes(cluster), nodes);
 }
 
 TEST(ProcessCluster, SigtermFinishesWhatIsAboard) {
@@ -153,6 +180,13 @@ TEST(ProcessCluster, SigtermFinishesWhatIsAboard) {
   });
   // Every role keeps what the stream needs until the stream has ended.
   ExpectSame(result, expected[1], "drained stream");
+  // And then each ends by itself: it is not killed for being slow, and has no error to report.
+  for (const char* name : {"gateway", "attention-0", "expert-0", "expert-1", "controller"}) {
+    siginfo_t how = {};
+    ASSERT_EQ(waitid(P_PID, static_cast<id_t>(cluster.Pid(name)), &how, WEXITED | WNOWAIT), 0);
+    EXPECT_EQ(how.si_code, CLD_EXITED) << name;
+    EXPECT_EQ(how.si_status, 0) << name;
+  }
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/allocation_counter.h"
-#include "tests/kernels/cpu/forwarding_backend.h"
 #include "tests/kernels/cpu/row_ops.h"
+#include "tests/kernels/forwarding_backend.h"
 
 namespace moebius::kernels::cpu {
 namespace {

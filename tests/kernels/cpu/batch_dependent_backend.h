@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "tests/kernels/cpu/forwarding_backend.h"
+#include "tests/kernels/forwarding_backend.h"
 
 namespace moebius::kernels::cpu {
 

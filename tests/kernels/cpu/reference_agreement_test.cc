@@ -14,8 +14,8 @@
 #include "kernels/reference/model_forward.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/cpu/batched_forward.h"
-#include "tests/kernels/cpu/forwarding_backend.h"
 #include "tests/kernels/cpu/random_tensors.h"
+#include "tests/kernels/forwarding_backend.h"
 
 namespace moebius::kernels::cpu {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "kernels/backend.h"
 
-namespace moebius::kernels::cpu {
+namespace moebius::kernels {
 
 class ForwardingBackend : public Backend {
  public:
@@ -77,4 +77,4 @@ class ForwardingBackend : public Backend {
   Backend& inner_;
 };
 
-}  // namespace moebius::kernels::cpu
+}  // namespace moebius::kernels
