@@ -2,6 +2,7 @@
 
 #include "base/status_macros.h"
 #include "runtime/ucx/ucx_transport.h"
+#include "services/common/buffer_classes.h"
 
 namespace moebius::services {
 
@@ -10,10 +11,9 @@ absl::StatusOr<std::unique_ptr<DataNode>> DataNode::Open(const ModelHost& host,
                                                          const std::string& address,
                                                          const std::string& name,
                                                          wire::NodeRole role) {
-  constexpr uint32_t kPeers = 16;
   std::unique_ptr<DataNode> data(new DataNode());
-  data->pool_ =
-      std::make_unique<runtime::BufferPool>(MakeBufferClasses(host.config, kMaxStepRows, kPeers));
+  data->pool_ = std::make_unique<runtime::BufferPool>(
+      MakeBufferClasses(host.config, kMaxStepRows, kMostPeers));
   runtime::ucx::UcxOptions options;
   options.bind_address = address;
   options.max_payload_bytes = data->pool_->max_buffer_bytes();

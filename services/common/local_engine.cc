@@ -7,6 +7,7 @@
 #include "base/status_macros.h"
 #include "router/router_actor.h"
 #include "runtime/local_transport.h"
+#include "services/common/buffer_classes.h"
 
 namespace moebius::services {
 

@@ -15,6 +15,7 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "services/common/buffer_classes.h"
 
 namespace moebius::services {
 namespace {
@@ -139,7 +140,7 @@ router::RouterOptions MakeRouterOptions(const model::ModelConfig& config,
                     ? nullptr
                     : layer.moe->e_score_correction_bias.data();
   }
-  options.max_rows_per_frame = 64;
+  options.max_rows_per_frame = kRowsPerFrame;
   return options;
 }
 
@@ -151,27 +152,6 @@ expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config,
   options.power_of_two_scales = config.power_of_two_scales();
   options.max_batch_items = 2 * max_rows * options.limits.top_k;
   return options;
-}
-
-std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config,
-                                                    uint32_t max_rows, uint32_t peers) {
-  const wire::RowLimits limits = MakeRowLimits(config, max_rows);
-  const uint64_t rows_per_frame = 64;
-  const uint64_t combine = wire::CombineBytes(limits, rows_per_frame * limits.top_k);
-  const uint64_t dispatch =
-      wire::LayoutOfDispatch(limits, rows_per_frame, rows_per_frame * limits.top_k).total_bytes;
-  const uint64_t frame = std::max(combine, dispatch);
-  const uint64_t route = uint64_t{max_rows} * limits.hidden * 2;
-  std::vector<runtime::BufferClass> classes;
-  classes.push_back({4096, std::max(64u, 4 * peers) + 256});
-  // Frames of a step split over peers: each peer's share of each 64-row frame, asked and answered,
-  // twice over for hedges and retries.
-  const uint32_t frames = 2 * (max_rows / 64 + 1) * 2 * std::min(peers, 16u);
-  classes.push_back({frame, std::max(32u, frames)});
-  if (route > frame) classes.push_back({route, 8});
-  std::erase_if(
-      classes, [&](const runtime::BufferClass& c) { return &c != &classes[0] && c.bytes <= 4096; });
-  return classes;
 }
 
 kernels::ExpertWeights ToKernelWeights(const model::MlpWeights& weights) {

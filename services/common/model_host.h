@@ -19,7 +19,6 @@
 #include "model/weights.h"
 #include "proto/wire/dispatch.h"
 #include "router/router_options.h"
-#include "runtime/buffer_pool.h"
 #include "runtime/session.h"
 
 namespace moebius::services {
@@ -60,15 +59,6 @@ router::RouterOptions MakeRouterOptions(const model::ModelConfig& config,
                                         const model::AttentionWorkerWeights& weights,
                                         uint32_t max_rows);
 expert_worker::ExpertOptions MakeExpertOptions(const model::ModelConfig& config, uint32_t max_rows);
-
-// Payload buffers of one node. `peers`: expert workers that may answer at once. The sum, per size
-// class:
-//   small   handshakes, heartbeats, refusals: 4 a peer, 64 at least
-//   frames  the largest dispatch or combine frame, and the attention worker's request and answer
-//   (they fit too):
-//           credits of 8 peers in flight, and what a round holds until its sum is taken
-std::vector<runtime::BufferClass> MakeBufferClasses(const model::ModelConfig& config,
-                                                    uint32_t max_rows, uint32_t peers);
 
 // Rows of one step, and so of one route request, in every role. Part of what a cluster agrees on.
 inline constexpr uint32_t kMaxStepRows = 512;
