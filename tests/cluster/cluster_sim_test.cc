@@ -121,7 +121,8 @@ Seeds SeedsOf(uint64_t test, uint64_t count) {
 // A cluster that the seed describes, with 2 to 7 concurrent requests.
 struct SeededRun {
   explicit SeededRun(uint64_t seed) : SeededRun(seed, CaseOf(static_cast<int>(seed % kModels))) {}
-  SeededRun(uint64_t seed, const Case& which) : prng(seed), c(which) {
+  // `workers`: 0 lets the seed choose.
+  SeededRun(uint64_t seed, const Case& which, int workers = 0) : prng(seed), c(which) {
     options.model = c.model.get();
     options.seed = seed;
     options.network.delay_max = microseconds(1 + prng.Below(500));
@@ -142,6 +143,7 @@ struct SeededRun {
     options.router_on_own_node = prng.Below(2) == 0;
     constexpr int kWorkers[] = {1, 2, 3, 3, 3, 3, 5};
     options.expert_workers = kWorkers[prng.Below(7)];
+    if (workers != 0) options.expert_workers = workers;
     options.experts_in_attention_node = !options.router_on_own_node && prng.Below(4) == 0;
     options.max_rows_per_frame = 32 + static_cast<uint32_t>(prng.Below(33));
     options.hosts = MakeHosts(*c.model, options.expert_workers, /*replicas=*/1 + prng.Below(4) / 3,
@@ -225,12 +227,25 @@ void ExpectDiverseTokens() {
   }
 }
 
+// One attention worker and three expert workers that serve with the CPU kernels; beside what every
+// SeededRun varies, each worker has a thread count of its own and one of the targets (the portable
+// one, much slower, now and then).
 TEST(ClusterSimTest, ThousandSeedsEqualTheOracle) {
   ExpectDiverseTokens();
   const Seeds seeds = SeedsOf(0, 1000);
+  const std::vector<kernels::cpu::CpuTarget> targets = kernels::cpu::SupportedTargets();
   for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    SeededRun run(seed);
+    SeededRun run(seed, CpuCaseOf(static_cast<int>(seed % kModels)), /*workers=*/3);
+    Prng choice(seed);
+    run.options.new_backend = [&] {
+      // targets[0] is the portable one.
+      const size_t vectors = targets.size() - 1;
+      const size_t target = vectors == 0 || choice.Below(100) == 0 ? 0 : 1 + choice.Below(vectors);
+      return NewCpuBackend({.num_threads = 1 + static_cast<int>(choice.Below(4)),
+                            .target = targets[target],
+                            .min_parallel_work = 1 + static_cast<int64_t>(choice.Below(4000))});
+    };
     run.Start();
     run.ExpectExact();
     if (HasFatalFailure()) return;
@@ -422,24 +437,6 @@ TEST(ClusterSimTest, DrainUnderLoadFinishesEverythingAboard) {
 
 // The kernels that serve: every actor with its own number of threads and instruction set, against
 // one thread of the portable code.
-TEST(ClusterSimTest, CpuKernelsOfAnyThreadCountAndTargetEqualTheOracle) {
-  const Seeds seeds = SeedsOf(7, 40);
-  const std::vector<kernels::cpu::CpuTarget> targets = kernels::cpu::SupportedTargets();
-  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
-    SCOPED_TRACE(testing::Message() << "seed " << seed);
-    SeededRun run(seed, CpuCaseOf(static_cast<int>(seed % kModels)));
-    Prng choice(seed);
-    run.options.new_backend = [&] {
-      return NewCpuBackend({.num_threads = 1 + static_cast<int>(choice.Below(4)),
-                            .target = targets[choice.Below(targets.size())],
-                            .min_parallel_work = 1 + static_cast<int64_t>(choice.Below(4000))});
-    };
-    run.Start();
-    run.ExpectExact();
-    if (HasFatalFailure()) return;
-  }
-}
-
 // Event by event and byte by byte: what buffers held before (here two different fills) reaches no
 // frame.
 TEST(ClusterSimTest, TheSameSeedIsTheSameRun) {
