@@ -2,8 +2,10 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <system_error>
 #include <vector>
@@ -37,7 +39,7 @@ absl::Status FileSystemStatus(const std::error_code& error, const std::string& p
 
 // One tensor of the output and where its numbers come from.
 struct Job {
-  enum class Kind { kCopy, kDequantize, kQuantizeCodes, kQuantizeScales };
+  enum class Kind { kCopy, kDequantize, kRound, kQuantizeCodes, kQuantizeScales };
   Kind kind = Kind::kCopy;
   Checkpoint::Entry source;
   TensorSpec spec;
@@ -115,6 +117,10 @@ class Converter {
         }
         return Bad(entry, "has no F8_E4M3 weight");
       }
+      if (info.dtype == TensorDType::kF32 && info.shape.size() == 2) {
+        Add(Job::Kind::kRound, entry, {info.name, TensorDType::kBf16, info.shape});
+        return absl::OkStatus();
+      }
     } else if (IsQuantizedName(info.name)) {
       if ((info.dtype != TensorDType::kBf16 && info.dtype != TensorDType::kF32) ||
           info.shape.size() != 2 || info.bytes == 0) {
@@ -183,6 +189,16 @@ class Converter {
             as_bytes(DequantizeMatrix(bytes, scales, source.shape[0], source.shape[1])));
         break;
       }
+      case Job::Kind::kRound: {
+        std::vector<Bf16> rounded(bytes.size() / sizeof(float));
+        for (size_t i = 0; i < rounded.size(); ++i) {
+          float value;
+          std::memcpy(&value, bytes.data() + i * sizeof(float), sizeof(float));
+          rounded[i] = ToBf16(value);
+        }
+        status = writer.Append(job.spec.name, as_bytes(rounded));
+        break;
+      }
       // Codes and scales stand far apart in the file (widest type first), so a matrix is quantised
       // twice rather than all scales of a shard kept.
       case Job::Kind::kQuantizeCodes:
@@ -230,6 +246,9 @@ absl::Status WriteConfig(const std::string& in_dir, const std::string& out_dir,
     quantization.emplace_back("weight_block_size", JsonValue::OfArray(std::move(block)));
     fields.emplace_back("quantization_config", JsonValue::OfObject(std::move(quantization)));
   }
+  for (auto& [name, value] : fields) {
+    if (name == "torch_dtype" || name == "dtype") value = JsonValue::OfString("bfloat16");
+  }
   return ReplaceFile(absl::StrCat(out_dir, "/config.json"), WriteJson(config, 2) + "\n");
 }
 
@@ -243,15 +262,24 @@ absl::Status CopyFiles(const std::string& in_dir, const std::string& out_dir) {
   return absl::OkStatus();
 }
 
+bool HoldsF32Matrices(const Checkpoint& checkpoint) {
+  const auto& entries = checkpoint.entries();
+  return std::any_of(entries.begin(), entries.end(), [](const Checkpoint::Entry& entry) {
+    return entry.info->dtype == TensorDType::kF32 && entry.info->shape.size() == 2;
+  });
+}
+
 absl::Status ConvertInto(const std::string& in_dir, const std::string& work_dir,
                          const ConvertOptions& options) {
   ASSIGN_OR_RETURN(const ModelConfig config, LoadConfig(in_dir));
+  ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(in_dir));
   const bool is_fp8 = config.quantization.has_value();
-  if (is_fp8 == (options.target == ConvertTarget::kFp8)) {
+  const bool done =
+      options.target == ConvertTarget::kFp8 ? is_fp8 : !is_fp8 && !HoldsF32Matrices(*checkpoint);
+  if (done) {
     return absl::FailedPreconditionError(
         absl::StrCat(in_dir, ": is ", is_fp8 ? "an FP8" : "a BF16", " checkpoint already"));
   }
-  ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(in_dir));
   RETURN_IF_ERROR(Converter(*checkpoint, options, work_dir).Run());
   RETURN_IF_ERROR(CopyFiles(in_dir, work_dir));
   RETURN_IF_ERROR(WriteConfig(in_dir, work_dir, options.target));

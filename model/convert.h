@@ -29,6 +29,9 @@ struct ConvertOptions {
 // True for the names of matrices that are FP8 in an FP8 checkpoint.
 bool IsQuantizedName(absl::string_view tensor_name);
 
+// To BF16, F32 matrices are rounded once too (an F32 checkpoint is served in no other way); vectors
+// stay as they are.
+//
 // Reads `in_dir`, creates `out_dir` (which must not exist, or be empty) with the converted weights,
 // config.json with quantization_config set or removed, and the tokenizer and generation files as
 // they are. Errors: ALREADY_EXISTS; FAILED_PRECONDITION if the model has the target's format

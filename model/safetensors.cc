@@ -130,6 +130,17 @@ absl::StatusOr<TensorInfo> ParseTensor(const std::string& name, const JsonValue&
   return tensor;
 }
 
+// The tensor's place in the file, in whole pages: rounded outward, which takes in at most a
+// neighbour's page on either side.
+struct PageRange {
+  uint64_t begin, bytes;
+};
+PageRange PagesOf(const TensorInfo& tensor) {
+  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  const uint64_t begin = tensor.offset / page * page;
+  return {begin, tensor.offset + tensor.bytes - begin};
+}
+
 }  // namespace
 
 std::string Describe(const TensorInfo& tensor) {
@@ -244,7 +255,7 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std
 }
 
 SafetensorsFile::~SafetensorsFile() {
-  if (mapping_ != nullptr) ::munmap(const_cast<std::byte*>(mapping_), file_bytes_);
+  if (reserved_ != nullptr) ::munmap(reserved_, file_bytes_);
 }
 
 const TensorInfo* SafetensorsFile::Find(absl::string_view name) const {
@@ -252,37 +263,46 @@ const TensorInfo* SafetensorsFile::Find(absl::string_view name) const {
   return it == by_name_.end() ? nullptr : it->second;
 }
 
-absl::Status SafetensorsFile::Map() const {
+absl::Status SafetensorsFile::Map(const TensorInfo& tensor) const {
+  const size_t index = static_cast<size_t>(&tensor - header_.tensors.data());
+  CHECK_LT(index, header_.tensors.size());
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (mapping_ != nullptr) return absl::OkStatus();
+  if (!mapped_.empty() && mapped_[index]) return absl::OkStatus();
   struct stat info;
   if (::fstat(fd_.get(), &info) != 0) return ErrnoStatus(errno, path_, "stat");
   if (static_cast<uint64_t>(info.st_size) != file_bytes_) {
     return absl::DataLossError(
         absl::StrCat(path_, ": changed its size from ", file_bytes_, " to ", info.st_size));
   }
-  void* mapping = ::mmap(nullptr, file_bytes_, PROT_READ, MAP_SHARED, fd_.get(), 0);
-  if (mapping == MAP_FAILED) return ErrnoStatus(errno, path_, "map");
-  mapping_ = static_cast<const std::byte*>(mapping);
+  if (reserved_ == nullptr) {
+    void* reserved =
+        ::mmap(nullptr, file_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED) return ErrnoStatus(errno, path_, "reserve address space");
+    reserved_ = static_cast<std::byte*>(reserved);
+    mapped_.resize(header_.tensors.size());
+  }
+  if (tensor.bytes > 0) {
+    const PageRange pages = PagesOf(tensor);
+    if (::mmap(reserved_ + pages.begin, pages.bytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd_.get(),
+               static_cast<off_t>(pages.begin)) == MAP_FAILED) {
+      return ErrnoStatus(errno, path_, "map");
+    }
+  }
+  mapped_[index] = true;
   return absl::OkStatus();
 }
 
 absl::StatusOr<absl::Span<const std::byte>> SafetensorsFile::Bytes(const TensorInfo& tensor) const {
   CHECK(tensor.offset <= file_bytes_);
   CHECK(tensor.bytes <= file_bytes_ - tensor.offset);
-  RETURN_IF_ERROR(Map());
-  return absl::Span<const std::byte>(mapping_ + tensor.offset, tensor.bytes);
+  RETURN_IF_ERROR(Map(tensor));
+  return absl::Span<const std::byte>(reserved_ + tensor.offset, tensor.bytes);
 }
 
-void SafetensorsFile::Advise(const TensorInfo& tensor, int advice) const {
-  if (!Map().ok() || tensor.bytes == 0) return;
-  // Whole pages: round outward, which at most advises about a neighbour's first page.
-  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t begin = tensor.offset / page * page;
-  ::madvise(const_cast<std::byte*>(mapping_) + begin, tensor.offset + tensor.bytes - begin, advice);
+void SafetensorsFile::DontNeed(const TensorInfo& tensor) const {
+  if (tensor.bytes == 0 || !Map(tensor).ok()) return;
+  const PageRange pages = PagesOf(tensor);
+  ::madvise(reserved_ + pages.begin, pages.bytes, MADV_DONTNEED);
 }
-
-void SafetensorsFile::WillNeed(const TensorInfo& tensor) const { Advise(tensor, MADV_WILLNEED); }
-void SafetensorsFile::DontNeed(const TensorInfo& tensor) const { Advise(tensor, MADV_DONTNEED); }
 
 }  // namespace moebius::model

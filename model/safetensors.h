@@ -56,9 +56,10 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::string_view json,
                                                          uint64_t file_bytes);
 
 // An open file with a valid header. The descriptor is opened once and everything goes through it,
-// so that a file replaced on disk cannot mix with the one that was checked. Mapping happens on the
-// first Bytes() and touches no page by itself. A file that is truncated by somebody while mapped
-// raises SIGBUS on access, as any mapping does: keep models on storage nobody shortens.
+// so that a file replaced on disk cannot mix with the one that was checked. The first Bytes() of a
+// tensor maps its pages and no others (and touches none): a process maps what it hosts. A file that
+// is truncated by somebody while mapped raises SIGBUS on access, as any mapping does: keep models
+// on storage nobody shortens.
 // Const members may be called from any thread.
 class SafetensorsFile {
  public:
@@ -77,15 +78,13 @@ class SafetensorsFile {
   // file. Errors: the file changed its size since Open, or cannot be mapped.
   absl::StatusOr<absl::Span<const std::byte>> Bytes(const TensorInfo& tensor) const;
 
-  // Advises the kernel to read the tensor's pages soon / that they are not needed for now. No
-  // effect on what Bytes returns.
-  void WillNeed(const TensorInfo& tensor) const;
+  // Advises the kernel that the tensor's pages are not needed for now. No effect on what Bytes
+  // returns.
   void DontNeed(const TensorInfo& tensor) const;
 
  private:
   SafetensorsFile() = default;
-  absl::Status Map() const;
-  void Advise(const TensorInfo& tensor, int advice) const;
+  absl::Status Map(const TensorInfo& tensor) const;
 
   std::string path_;
   UniqueFd fd_;
@@ -93,7 +92,10 @@ class SafetensorsFile {
   SafetensorsHeader header_;
   absl::flat_hash_map<absl::string_view, const TensorInfo*> by_name_;
   mutable std::mutex mutex_;
-  mutable const std::byte* mapping_ = nullptr;  // guarded by mutex_ until set
+  // Address space for the whole file, in which tensors are mapped one by one: neighbours become one
+  // mapping of the kernel's, so their number stays far below its limit. Guarded by mutex_.
+  mutable std::byte* reserved_ = nullptr;
+  mutable std::vector<bool> mapped_;  // by index in header_.tensors
 };
 
 }  // namespace moebius::model

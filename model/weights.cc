@@ -54,7 +54,9 @@ class Loader {
         break;
     }
     if (!accepted) {
-      return Bad(entry, absl::StrCat("dtype ", Name(entry.info->dtype), ", expected ", expected));
+      return Bad(entry, absl::StrCat(
+                            "dtype ", Name(entry.info->dtype), ", expected ", expected,
+                            dtype == DType::kF32 ? "; `moebius convert --to bf16` makes it" : ""));
     }
     MatrixView view;
     view.dtype = *dtype;

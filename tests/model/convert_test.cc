@@ -8,10 +8,14 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
+#include <string>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/float_formats.h"
+#include "base/prng.h"
 #include "gtest/gtest.h"
 #include "model/manifest.h"
 #include "model/weights.h"
@@ -145,6 +149,44 @@ TEST(Convert, Bf16ToFp8QuantisesWhatThePublishedCheckpointsDo) {
     codes += static_cast<int64_t>(x.size());
   }
   EXPECT_EQ(same, codes);
+}
+
+TEST(Convert, F32ToBf16RoundsEveryMatrixOnce) {
+  const std::string in = Dir("f32"), out = Dir("f32_to_bf16");
+  auto tensors = TinyTensors({.fp8 = false});
+  std::map<std::string, std::vector<float>> originals;
+  Prng prng(5);
+  for (auto& [name, tensor] : tensors) {
+    if (tensor.spec.shape.size() != 2) continue;
+    std::vector<float> values(tensor.data.size() / sizeof(Bf16));
+    for (float& value : values) value = (prng.Unit() - 0.5f) * 0.1f;
+    tensor.spec.dtype = TensorDType::kF32;
+    tensor.data.resize(values.size() * sizeof(float));
+    std::memcpy(tensor.data.data(), values.data(), tensor.data.size());
+    originals[name] = std::move(values);
+  }
+  WriteTinyTensors(in, {.fp8 = false}, tensors);
+  const auto config = LoadConfig(in);
+  const auto unserved = Checkpoint::Open(in);
+  ASSERT_TRUE(config.ok() && unserved.ok());
+  const absl::Status refused = LoadAttentionWorkerWeights(**unserved, *config).status();
+  EXPECT_TRUE(absl::StrContains(refused.message(), "convert --to bf16")) << refused;
+
+  const absl::Status status = ConvertModel(in, out, {.target = ConvertTarget::kBf16});
+  ASSERT_TRUE(status.ok()) << status;
+  const Loaded after = LoadAll(out);
+  int64_t compared = 0;
+  for (const auto& [name, values] : originals) {
+    const auto bytes = after.checkpoint->Bytes(name);
+    ASSERT_TRUE(bytes.ok()) << bytes.status();
+    ASSERT_EQ(bytes->size(), values.size() * sizeof(Bf16)) << name;
+    const auto* rounded = reinterpret_cast<const Bf16*>(bytes->data());
+    for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(rounded[i], ToBf16(values[i])) << name;
+    compared += static_cast<int64_t>(values.size());
+  }
+  EXPECT_GT(compared, 100'000);
+  EXPECT_EQ(ConvertModel(out, Dir("f32_twice"), {.target = ConvertTarget::kBf16}).code(),
+            absl::StatusCode::kFailedPrecondition);
 }
 
 TEST(Convert, RefusesToOverwriteAndLeavesNothingBehind) {

@@ -3,9 +3,11 @@
 
 #include "model/safetensors.h"
 
+#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -33,6 +35,62 @@ absl::Status Open(const std::string& content) {
 
 absl::Status OpenHeader(const std::string& json, size_t data_bytes) {
   return Open(Container(json, data_bytes));
+}
+
+// Bytes of this process's mappings of `path`, and how many mappings they are.
+std::pair<uint64_t, int> MappedBytes(const std::string& path) {
+  std::ifstream maps("/proc/self/maps");
+  uint64_t bytes = 0;
+  int count = 0;
+  for (std::string line; std::getline(maps, line);) {
+    if (!absl::EndsWith(line, path)) continue;
+    uint64_t begin = 0, end = 0;
+    EXPECT_EQ(std::sscanf(line.c_str(), "%lx-%lx", &begin, &end), 2) << line;
+    bytes += end - begin;
+    ++count;
+  }
+  return {bytes, count};
+}
+
+TEST(Safetensors, OnlyTensorsThatAreAskedForAreMapped) {
+  constexpr int kTensors = 50;
+  constexpr int64_t kBytes = 40'000;  // about ten pages, not whole ones
+  const std::string path = File("partial.safetensors");
+  std::filesystem::remove(path);
+  std::vector<TensorSpec> specs;
+  for (int i = 0; i < kTensors; ++i)
+    specs.push_back({absl::StrCat("t", 100 + i), TensorDType::kF8E4m3, {kBytes}});
+  absl::StatusOr<SafetensorsWriter> writer = SafetensorsWriter::Create(path, specs, {});
+  ASSERT_TRUE(writer.ok()) << writer.status();
+  for (int i = 0; i < kTensors; ++i) {
+    ASSERT_TRUE(writer->Append(specs[i].name, std::vector<std::byte>(kBytes, std::byte(i))).ok());
+  }
+  ASSERT_TRUE(writer->Finish().ok());
+  {
+    const auto file = SafetensorsFile::Open(path);
+    ASSERT_TRUE(file.ok()) << file.status();
+    EXPECT_EQ(MappedBytes(path).first, 0u);
+    const auto look = [&](int i) {
+      const auto bytes = (*file)->Bytes(*(*file)->Find(specs[i].name));
+      ASSERT_TRUE(bytes.ok()) << bytes.status();
+      EXPECT_EQ(bytes->front(), std::byte(i));
+      EXPECT_EQ(bytes->back(), std::byte(i));
+    };
+    constexpr uint64_t kMost = kBytes + 2 * 4096;  // rounded to pages
+    look(7);
+    EXPECT_GE(MappedBytes(path).first, static_cast<uint64_t>(kBytes));
+    EXPECT_LE(MappedBytes(path).first, kMost);
+    look(30);
+    EXPECT_LE(MappedBytes(path).first, 2 * kMost);
+    for (int i = 10; i < 20; ++i) look(i);
+    look(7);
+    EXPECT_LE(MappedBytes(path).first, 12 * kMost);
+    EXPECT_EQ(MappedBytes(path).second, 3) << "neighbours are one mapping";
+    (*file)->DontNeed(*(*file)->Find(specs[11].name));
+    look(11);
+    look(12);
+  }
+  EXPECT_EQ(MappedBytes(path).first, 0u);
 }
 
 TEST(Safetensors, WrittenFileReadsBack) {
