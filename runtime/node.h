@@ -44,7 +44,6 @@ struct NodeOptions {
   LinkTimings timings;
   uint64_t seed = 1;
   uint32_t credits_per_session = 16;  // data frames a peer may have outstanding towards us
-  uint32_t expected_sessions = 64;    // sizes the mailbox
   uint32_t local_messages = 4096;
   uint32_t deliveries_per_turn = 64;
   Duration spin = std::chrono::microseconds(30);

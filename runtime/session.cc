@@ -219,7 +219,6 @@ void SessionTable::Drop(Session& session, const std::string& reason, TimePoint n
   peer->backoff = std::min(peer->backoff * 2, timings_.reconnect_max);
   next_tick_ = std::min(next_tick_, peer->retry_at);
   events.push_back(LinkChanged{node, incarnation, LinkState::kDown, reason});
-  peer->announced_up = false;
 }
 
 void SessionTable::OnTransportEvent(TransportEvent& event, TimePoint now, SessionEvents& events) {
@@ -269,6 +268,12 @@ absl::Status SessionTable::CheckHello(const Session& session,
   if (record.expected_node != 0 && record.expected_node != identity_.node.value()) {
     return absl::FailedPreconditionError(absl::StrCat("peer looks for node ", record.expected_node,
                                                       ", this is ", identity_.node.value()));
+  }
+  if (!session.initiator && record.expected_incarnation != 0 &&
+      record.expected_incarnation != identity_.incarnation.value()) {
+    return absl::FailedPreconditionError(absl::StrCat("peer looks for incarnation ",
+                                                      record.expected_incarnation, ", this is ",
+                                                      identity_.incarnation.value()));
   }
   if (session.initiator && record.node != session.peer.value()) {
     return absl::FailedPreconditionError(
@@ -337,7 +342,6 @@ void SessionTable::OnHello(Session& session, const Frame& frame, TimePoint now,
   } else {
     session.up = true;
     peer->backoff = timings_.reconnect_min;
-    peer->announced_up = true;
     events.push_back(
         LinkChanged{session.peer, session.peer_incarnation, LinkState::kUp, "connected"});
   }

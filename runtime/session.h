@@ -143,7 +143,6 @@ class SessionTable {
     Duration backoff{};
     TimePoint retry_at;
     bool waiting_to_retry = false;
-    bool announced_up = false;
   };
 
   Session* FindSession(uint64_t id);

@@ -2,6 +2,8 @@
 // buffers. Method: one node with a router and two expert workers, compute inline on a clock of our
 // own, a requester that reuses pool buffers, and operator new counted.
 
+#include <string>
+
 #include "base/check.h"
 #include "base/prng.h"
 #include "expert_worker/expert_actor.h"
@@ -71,16 +73,24 @@ std::vector<Bf16> RandomMatrix(size_t count, uint64_t seed) {
   return values;
 }
 
-MatrixView View(const std::vector<Bf16>& values, int64_t rows, int64_t cols) {
+// BF16 values, or e4m3 codes in the same bytes with the same scale for every block.
+MatrixView View(const std::vector<Bf16>& values, int64_t rows, int64_t cols, bool e4m3 = false) {
   MatrixView view;
-  view.dtype = DType::kBf16;
+  static constexpr float kScales[16] = {0.01f, 0.01f, 0.01f, 0.01f, 0.01f, 0.01f, 0.01f, 0.01f,
+                                        0.01f, 0.01f, 0.01f, 0.01f, 0.01f, 0.01f, 0.01f, 0.01f};
+  view.dtype = e4m3 ? DType::kE4m3 : DType::kBf16;
+  if (e4m3) view.scale_inv = kScales;
   view.rows = rows;
   view.cols = cols;
   view.data = reinterpret_cast<const std::byte*>(values.data());
   return view;
 }
 
-TEST(RouterAllocation, ARoutedStepAllocatesNothingAfterWarmUp) {
+// Rows on the wire in BF16, or quantised by the router and again by the expert workers.
+class RouterAllocation : public testing::TestWithParam<bool> {};
+
+TEST_P(RouterAllocation, ARoutedStepAllocatesNothingAfterWarmUp) {
+  const bool e4m3 = GetParam();
   const auto backend = [] {
     auto created = kernels::cpu::CpuBackend::Create({.num_threads = 1});
     CHECK(created.ok());
@@ -94,7 +104,7 @@ TEST(RouterAllocation, ARoutedStepAllocatesNothingAfterWarmUp) {
   const std::vector<Bf16> down = RandomMatrix(kHidden * kInter, 3);
 
   RouterOptions options;
-  options.limits = {kHidden, 2, kExperts, kTopK, kRows, /*e4m3=*/false};
+  options.limits = {kHidden, 2, kExperts, kTopK, kRows, e4m3};
   options.gate.n_routed_experts = kExperts;
   options.gate.num_experts_per_tok = kTopK;
   options.gate.topk_method = kernels::TopkMethod::kGreedy;
@@ -126,10 +136,10 @@ TEST(RouterAllocation, ARoutedStepAllocatesNothingAfterWarmUp) {
   for (uint32_t worker = 0; worker < 2; ++worker) {
     expert_worker::HostExperts order;
     for (uint32_t expert = worker; expert < kExperts; expert += 2) {
-      order.experts.push_back(
-          {LayerId(1),
-           ExpertId(expert),
-           {View(up, kInter, kHidden), View(up, kInter, kHidden), View(down, kHidden, kInter)}});
+      order.experts.push_back({LayerId(1),
+                               ExpertId(expert),
+                               {View(up, kInter, kHidden, e4m3), View(up, kInter, kHidden, e4m3),
+                                View(down, kHidden, kInter, e4m3)}});
       placement->AddReplica(LayerId(1), ExpertId(expert), {NodeId(1), workers[worker]});
     }
     ASSERT_TRUE(node.Post(workers[worker], std::move(order)).ok());
@@ -153,6 +163,10 @@ TEST(RouterAllocation, ARoutedStepAllocatesNothingAfterWarmUp) {
   EXPECT_GE(counters->rounds.load(), 700u);
   EXPECT_EQ(counters->stale_answers.load(), 0u);
 }
+
+INSTANTIATE_TEST_SUITE_P(Wire, RouterAllocation, testing::Bool(), [](const auto& e4m3) {
+  return std::string(e4m3.param ? "E4m3" : "Bf16");
+});
 
 }  // namespace
 }  // namespace moebius::router

@@ -127,6 +127,7 @@ TEST_F(Session, AHelloThatDiffersIsAnsweredButNeverComesUp) {
       {"model digest, high half", [](auto& hello) { hello.model_digest_high ^= 1; }},
       {"numerics class", [](auto& hello) { hello.numerics_class ^= 1; }},
       {"expected node", [](auto& hello) { hello.expected_node = 99; }},
+      {"expected incarnation", [](auto& hello) { hello.expected_incarnation = 99; }},
       {"no node", [](auto& hello) { hello.node = 0; }},
       {"no incarnation", [](auto& hello) { hello.incarnation = 0; }},
       {"no credits", [](auto& hello) { hello.credits = 0; }},

@@ -12,7 +12,7 @@
 
 namespace moebius::kernels::reference {
 
-// Of the seven models, in the order of tools/golden/README.md.
+// In the order of tools/golden/README.md.
 const std::vector<std::string>& GoldenModelNames();
 
 std::string GoldenDir(const std::string& model);

@@ -1,4 +1,4 @@
-// Goal: the reference is right. Method: seven small random models, compared with what transformers
+// Goal: the reference is right. Method: small random models, compared with what transformers
 // (and, for the MTP layer, a second implementation) computed in float32; tools/golden/README.md.
 
 #include "kernels/reference/model_forward.h"
