@@ -58,9 +58,8 @@ absl::StatusOr<std::vector<TokenId>> EncodeChat(const ModelHost& host,
   if (host.tokenizer == nullptr) {
     return absl::InvalidArgumentError("chat: this model has no tokenizer; send token_ids");
   }
-  ASSIGN_OR_RETURN(
-      const std::vector<model::ChatSegment> segments,
-      model::RenderChat(model::ChatTemplate::kV3, messages, /*add_generation_prompt=*/true));
+  ASSIGN_OR_RETURN(const std::vector<model::ChatSegment> segments,
+                   model::RenderChat(host.chat_template, messages, /*add_generation_prompt=*/true));
   return model::EncodeChat(*host.tokenizer, segments);
 }
 
