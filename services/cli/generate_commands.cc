@@ -26,6 +26,7 @@ struct GenerateFlags {
   uint64_t seed = 0;
   std::vector<std::string> stop;
   bool ignore_eos = false;
+  int64_t deadline_ms = 0;
   bool json = false;
   int top = 5;
 };
@@ -47,6 +48,11 @@ void AddClientFlags(CLI::App& command, ClientFlags& flags) {
       ->check(CLI::Range(1, 512));
 }
 
+void AddDeadlineFlag(CLI::App& command, GenerateFlags& flags) {
+  command.add_option("--deadline-ms", flags.deadline_ms,
+                     "give up after so long; 0: the gateway's default, in this process never");
+}
+
 void AddSamplingFlags(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--max-tokens", flags.max_tokens);
   command.add_option("--temperature", flags.temperature, "0 is greedy");
@@ -54,6 +60,7 @@ void AddSamplingFlags(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--top-p", flags.top_p);
   command.add_option("--seed", flags.seed);
   command.add_option("--stop", flags.stop, "a string that ends the answer; may be repeated");
+  AddDeadlineFlag(command, flags);
 }
 
 v1::GenerateRequest MakeRequest(const GenerateFlags& flags) {
@@ -65,6 +72,7 @@ v1::GenerateRequest MakeRequest(const GenerateFlags& flags) {
   request.set_seed(flags.seed);
   for (const std::string& stop : flags.stop) request.add_stop(stop);
   request.set_ignore_eos(flags.ignore_eos);
+  request.set_deadline_ms(flags.deadline_ms);
   return request;
 }
 
@@ -128,6 +136,7 @@ absl::Status RunScore(const GenerateFlags& flags) {
   ASSIGN_OR_RETURN(const std::vector<TokenId> ids, ReadTokenIds(flags.token_ids));
   request.mutable_token_ids()->mutable_ids()->Add(ids.begin(), ids.end());
   request.set_top(flags.top);
+  request.set_deadline_ms(flags.deadline_ms);
   ASSIGN_OR_RETURN(const std::unique_ptr<GenerationClient> client,
                    GenerationClient::Open(flags.client));
   ASSIGN_OR_RETURN(const v1::ScoreReply reply, client->Score(request));
@@ -215,6 +224,7 @@ void AddScore(CLI::App& app, int* exit_code) {
       ->required();
   command->add_option("--top", flags->top, "best tokens for each position")
       ->check(CLI::Range(0, 20));
+  AddDeadlineFlag(*command, *flags);
   command->add_flag("--json", flags->json);
   command->callback([flags, exit_code] { *exit_code = Report(RunScore(*flags)); });
 }

@@ -48,8 +48,10 @@ class LocalEngine {
   absl::StatusOr<GenerationResult> Generate(
       attention_worker::Submit request,
       std::function<void(const attention_worker::TokenEvent&)> on_token);
+  // `deadline_ms`: 0 is none.
   absl::StatusOr<std::vector<attention_worker::ScoreEvent>> Score(std::vector<TokenId> ids,
-                                                                  uint32_t top);
+                                                                  uint32_t top,
+                                                                  int64_t deadline_ms = 0);
 
   const ModelHost& host() const { return *host_; }
   attention_worker::AttentionCounters counters() const { return attention_->counters(); }

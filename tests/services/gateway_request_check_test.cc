@@ -151,6 +151,17 @@ TEST_F(RequestCheck, ScoreChecksIdsAndTop) {
   request.set_top(21);
   EXPECT_EQ(std::string(ResolveScore(*host_, limits_, request).status().message()).rfind("top", 0),
             0u);
+  request.set_top(20);
+  request.set_deadline_ms(-1);
+  EXPECT_TRUE(
+      absl::StartsWith(ResolveScore(*host_, limits_, request).status().message(), "deadline_ms"));
+  request.set_deadline_ms(7);
+  EXPECT_EQ(ResolveScore(*host_, limits_, request)->deadline_ms(), 7);
+  request.set_deadline_ms(0);
+  EXPECT_EQ(ResolveScore(*host_, limits_, request)->deadline_ms(), 600'000);
+  request.set_request_id(std::string(200, 'x'));
+  EXPECT_TRUE(
+      absl::StartsWith(ResolveScore(*host_, limits_, request).status().message(), "request_id"));
 }
 
 }  // namespace
