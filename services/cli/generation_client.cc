@@ -43,19 +43,24 @@ absl::StatusOr<std::unique_ptr<GenerationClient>> GenerationClient::Open(const C
 
 absl::Status GenerationClient::Generate(
     const v1::GenerateRequest& request,
-    const std::function<void(const v1::GenerateEvent&)>& on_event) {
-  if (local_ != nullptr) return GenerateLocally(request, on_event);
+    const std::function<void(const v1::GenerateEvent&)>& on_event,
+    const std::function<bool()>& stop) {
+  if (local_ != nullptr) return GenerateLocally(request, on_event, stop);
   grpc::ClientContext context;
   SetDeadline(context, request.deadline_ms());
   auto reader = stub_->Generate(&context, request);
   v1::GenerateEvent event;
-  while (reader->Read(&event)) on_event(event);
+  while (reader->Read(&event)) {
+    on_event(event);
+    if (stop && stop()) context.TryCancel();
+  }
   return FromGrpc(reader->Finish());
 }
 
 absl::Status GenerationClient::GenerateLocally(
     const v1::GenerateRequest& request,
-    const std::function<void(const v1::GenerateEvent&)>& on_event) {
+    const std::function<void(const v1::GenerateEvent&)>& on_event,
+    const std::function<bool()>& stop) {
   using attention_worker::FinishReason;
   using attention_worker::TokenEvent;
   const ModelHost& host = local_->host();
@@ -101,6 +106,7 @@ absl::Status GenerationClient::GenerateLocally(
       }
       on_event(event);
       if (last) return;
+      if (stop && stop()) local_->Cancel(token->request);
     }
   });
   const absl::StatusOr<GenerationResult> result =

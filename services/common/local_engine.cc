@@ -122,6 +122,10 @@ absl::StatusOr<GenerationResult> LocalEngine::Generate(
   return std::move(shared->result);
 }
 
+void LocalEngine::Cancel(RequestId request) {
+  (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{request});
+}
+
 absl::StatusOr<std::vector<attention_worker::ScoreEvent>> LocalEngine::Score(
     std::vector<TokenId> ids, uint32_t top, int64_t deadline_ms) {
   struct Shared {

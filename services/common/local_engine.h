@@ -48,6 +48,8 @@ class LocalEngine {
   absl::StatusOr<GenerationResult> Generate(
       attention_worker::Submit request,
       std::function<void(const attention_worker::TokenEvent&)> on_token);
+  // Ends a request (its events name it) with CANCELLED. One that has ended is no concern.
+  void Cancel(RequestId request);
   // `deadline_ms`: 0 is none.
   absl::StatusOr<std::vector<attention_worker::ScoreEvent>> Score(std::vector<TokenId> ids,
                                                                   uint32_t top,
