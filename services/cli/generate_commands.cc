@@ -5,6 +5,8 @@
 #include <iostream>
 #include <memory>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
@@ -31,21 +33,27 @@ struct GenerateFlags {
   int top = 5;
 };
 
+// A flag that would have no effect is a mistake to be told: those of a client want --address, those
+// of this process exclude it. --model may stay beside --address; the cluster's own model answers
+// then.
 void AddClientFlags(CLI::App& command, ClientFlags& flags) {
   command.add_option("--model", flags.model, "model directory")->check(CLI::ExistingDirectory);
-  command.add_option("--address", flags.address,
-                     "gateway of a running cluster; without it, all in this process");
-  command.add_option("--tls-cert", flags.credentials.tls_cert);
-  command.add_option("--tls-key", flags.credentials.tls_key);
-  command.add_option("--tls-ca", flags.credentials.tls_ca);
+  CLI::Option* address = command.add_option(
+      "--address", flags.address, "gateway of a running cluster; without it, all in this process");
+  command.add_option("--tls-cert", flags.credentials.tls_cert)->needs(address);
+  command.add_option("--tls-key", flags.credentials.tls_key)->needs(address);
+  command.add_option("--tls-ca", flags.credentials.tls_ca)->needs(address);
   command.add_option("--experts", flags.local.experts, "expert workers, in this process")
-      ->check(CLI::Range(1, 256));
+      ->check(CLI::Range(1, 256))
+      ->excludes(address);
   command.add_option("--threads", flags.local.threads, "compute threads, in this process")
-      ->check(CLI::Range(1, 256));
+      ->check(CLI::Range(1, 256))
+      ->excludes(address);
   command
       .add_option("--prefill-chunk", flags.local.prefill_chunk,
                   "rows of a prompt in one step, in this process")
-      ->check(CLI::Range(1, 512));
+      ->check(CLI::Range(1, 512))
+      ->excludes(address);
 }
 
 void AddDeadlineFlag(CLI::App& command, GenerateFlags& flags) {
@@ -53,12 +61,18 @@ void AddDeadlineFlag(CLI::App& command, GenerateFlags& flags) {
                      "give up after so long; 0: the gateway's default, in this process never");
 }
 
+// CLI11 would wrap a negative number and cut one that is too large.
+std::string IsSeed(const std::string& text) {
+  uint64_t seed = 0;
+  return absl::SimpleAtoi(text, &seed) ? "" : absl::StrCat(text, " is not in [0, 2^64)");
+}
+
 void AddSamplingFlags(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--max-tokens", flags.max_tokens);
   command.add_option("--temperature", flags.temperature, "0 is greedy");
   command.add_option("--top-k", flags.top_k);
   command.add_option("--top-p", flags.top_p);
-  command.add_option("--seed", flags.seed);
+  command.add_option("--seed", flags.seed)->check(IsSeed);
   command.add_option("--stop", flags.stop, "a string that ends the answer; may be repeated");
   AddDeadlineFlag(command, flags);
 }
@@ -199,8 +213,9 @@ void AddGenerate(CLI::App& app, int* exit_code) {
   CLI::App* command = app.add_subcommand("generate", "continue a prompt");
   AddClientFlags(*command, flags->client);
   AddSamplingFlags(*command, *flags);
-  command->add_option("--prompt", flags->prompt, "text");
-  command->add_option("--token-ids", flags->token_ids, "file with a JSON list of ids, or -");
+  CLI::Option* prompt = command->add_option("--prompt", flags->prompt, "text");
+  command->add_option("--token-ids", flags->token_ids, "file with a JSON list of ids, or -")
+      ->excludes(prompt);
   command->add_flag("--ignore-eos", flags->ignore_eos);
   command->add_flag("--json", flags->json);
   command->callback([flags, exit_code] { *exit_code = Report(RunGenerate(*flags)); });

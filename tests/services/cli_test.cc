@@ -316,5 +316,28 @@ TEST_F(Cli, WhatIsNoCommandExitsWithTwo) {
   }
 }
 
+TEST_F(Cli, AFlagThatWouldBeIgnoredIsRefused) {
+  const std::string address = (*cluster_)->address();
+  const auto refused = [&](std::vector<std::string> more, const std::string& says) {
+    more.insert(more.begin(), {"generate", "--max-tokens", "1"});
+    ExpectFails(more, 2, says);
+  };
+  refused({"--model", kTestModel, "--prompt", "x", "--token-ids", "-"}, "--prompt");
+  for (const char* seed : {"-1", "-18446744073709551615", "18446744073709551616", "1.5"}) {
+    refused({"--model", kTestModel, "--prompt", "x", "--seed", seed}, "--seed");
+  }
+  for (const char* flag : {"--experts", "--threads", "--prefill-chunk"}) {
+    refused({"--address", address, "--prompt", "x", flag, "2"}, flag);
+  }
+  for (const char* flag : {"--tls-cert", "--tls-key", "--tls-ca"}) {
+    refused({"--model", kTestModel, "--prompt", "x", flag, "x.pem"}, flag);
+  }
+  // What looks close to these and is none.
+  RunBoth({"generate", "--prompt", "x", "--max-tokens", "1", "--seed", "18446744073709551615"});
+  const Finished both = Run({"generate", "--prompt", "x", "--max-tokens", "1", "--model",
+                             kTestModel, "--address", address});
+  EXPECT_EQ(both.code, 0) << both.err;
+}
+
 }  // namespace
 }  // namespace moebius::services
