@@ -19,6 +19,7 @@
 #include "services/cli/commands.h"
 #include "services/cli/generation_client.h"
 #include "services/cli/local_cluster.h"
+#include "services/cli/tls_flags.h"
 
 namespace moebius::services {
 namespace {
@@ -48,7 +49,8 @@ absl::Status RunUp(LocalClusterOptions options) {
   ASSIGN_OR_RETURN(LocalCluster cluster, LocalCluster::Start(options, Say));
   const absl::Status ready = cluster.WaitReady(std::chrono::seconds(600));
   if (!ready.ok()) {
-    cluster.Drain(std::chrono::seconds(5));
+    // What ran before us and cannot be reached now is left as it was found.
+    if (!cluster.adopted() || stop_requests > 0) cluster.Drain(std::chrono::seconds(5));
     return ready;
   }
   std::cout << "ready at " << cluster.address() << std::endl;
@@ -61,8 +63,10 @@ absl::Status RunUp(LocalClusterOptions options) {
   return stop_requests == 1 ? absl::OkStatus() : absl::CancelledError("did not wait for the drain");
 }
 
-absl::StatusOr<std::map<std::string, uint64_t>> FetchCounters(const std::string& address) {
-  auto stub = v1::StatusService::NewStub(MakeChannel(address, ListenOptions()));
+absl::StatusOr<std::map<std::string, uint64_t>> FetchCounters(const std::string& address,
+                                                              const ListenOptions& credentials) {
+  RETURN_IF_ERROR(CheckTlsFiles(credentials));
+  auto stub = v1::StatusService::NewStub(MakeChannel(address, credentials));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
   v1::StatusReply reply;
@@ -135,7 +139,7 @@ absl::StatusOr<std::vector<Run>> RunInProcesses(LocalCluster& cluster) {
     runs.push_back(std::move(result));
   }
   std::cout << "\n";
-  ASSIGN_OR_RETURN(const auto counters, FetchCounters(cluster.address()));
+  ASSIGN_OR_RETURN(const auto counters, FetchCounters(cluster.address(), ListenOptions()));
   int idle = 0;
   int workers = 0;
   for (const auto& [name, value] : counters) {
@@ -210,6 +214,9 @@ void AddUp(CLI::App& app, int* exit_code) {
   command->add_option("--address", options->listen,
                       "where the gateway listens; port 0 takes a free one");
   command->add_option("--state-dir", options->state_dir);
+  command->add_flag("--insecure", options->credentials.insecure,
+                    "allow plain text on an address that is not loopback");
+  AddTlsFlags(*command, options->credentials);
   command->add_flag("--adopt", options->adopt, "take over a cluster that runs there already");
   command->add_option("--threads", options->threads, "compute threads of each worker")
       ->check(CLI::Range(1, 256));
@@ -221,11 +228,16 @@ void AddUp(CLI::App& app, int* exit_code) {
 }
 
 void AddStats(CLI::App& app, int* exit_code) {
-  auto address = std::make_shared<std::string>("127.0.0.1:8700");
+  struct Flags {
+    std::string address = "127.0.0.1:8700";
+    ListenOptions credentials;
+  };
+  auto flags = std::make_shared<Flags>();
   CLI::App* command = app.add_subcommand("stats", "counters of a running cluster");
-  command->add_option("--address", *address, "gateway");
-  command->callback([address, exit_code] {
-    const auto counters = FetchCounters(*address);
+  command->add_option("--address", flags->address, "gateway");
+  AddTlsFlags(*command, flags->credentials);
+  command->callback([flags, exit_code] {
+    const auto counters = FetchCounters(flags->address, flags->credentials);
     *exit_code = Report(counters.status());
     if (!counters.ok()) return;
     for (const auto& [name, value] : *counters) std::cout << name << " " << value << "\n";

@@ -12,6 +12,7 @@
 #include "nlohmann/json.hpp"
 #include "services/cli/commands.h"
 #include "services/cli/generation_client.h"
+#include "services/cli/tls_flags.h"
 #include "services/cli/token_ids_file.h"
 
 namespace moebius::services {
@@ -40,9 +41,7 @@ void AddClientFlags(CLI::App& command, ClientFlags& flags) {
   command.add_option("--model", flags.model, "model directory")->check(CLI::ExistingDirectory);
   CLI::Option* address = command.add_option(
       "--address", flags.address, "gateway of a running cluster; without it, all in this process");
-  command.add_option("--tls-cert", flags.credentials.tls_cert)->needs(address);
-  command.add_option("--tls-key", flags.credentials.tls_key)->needs(address);
-  command.add_option("--tls-ca", flags.credentials.tls_ca)->needs(address);
+  AddTlsFlags(command, flags.credentials, address);
   command.add_option("--experts", flags.local.experts, "expert workers, in this process")
       ->check(CLI::Range(1, 256))
       ->excludes(address);

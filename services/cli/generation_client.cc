@@ -32,6 +32,7 @@ void SetDeadline(grpc::ClientContext& context, int64_t deadline_ms) {
 absl::StatusOr<std::unique_ptr<GenerationClient>> GenerationClient::Open(const ClientFlags& flags) {
   auto client = std::make_unique<GenerationClient>();
   if (!flags.address.empty()) {
+    RETURN_IF_ERROR(CheckTlsFiles(flags.credentials));
     client->stub_ = v1::Generation::NewStub(MakeChannel(flags.address, flags.credentials));
     return client;
   }

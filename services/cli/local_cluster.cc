@@ -44,6 +44,11 @@ std::string ReadProc(pid_t pid, const char* name) {
   return std::string(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
 }
 
+bool HasArgument(pid_t pid, const std::string& argument) {
+  const std::vector<std::string> arguments = absl::StrSplit(ReadProc(pid, "cmdline"), '\0');
+  return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
+}
+
 // True if `pid` is a process that was started with this port file. A number from a file may have
 // been given to somebody else's process since, or be one that has ended and that nobody reaps.
 bool RunsWithPortFile(pid_t pid, const std::string& port_file) {
@@ -51,8 +56,14 @@ bool RunsWithPortFile(pid_t pid, const std::string& port_file) {
   const std::string stat = ReadProc(pid, "stat");
   const size_t name_end = stat.rfind(") ");
   if (name_end == std::string::npos || stat[name_end + 2] == 'Z') return false;
-  const std::vector<std::string> arguments = absl::StrSplit(ReadProc(pid, "cmdline"), '\0');
-  return std::find(arguments.begin(), arguments.end(), port_file) != arguments.end();
+  return HasArgument(pid, port_file);
+}
+
+// Where to call what listens on `address`: "any address" is none that a certificate could name.
+std::string DialAddress(const std::string& address) {
+  if (absl::StartsWith(address, "0.0.0.0:")) return absl::StrCat("127.0.0.1", address.substr(7));
+  if (absl::StartsWith(address, "[::]:")) return absl::StrCat("[::1]", address.substr(4));
+  return address;
 }
 
 }  // namespace
@@ -62,6 +73,9 @@ absl::StatusOr<LocalCluster> LocalCluster::Start(const LocalClusterOptions& opti
   LocalCluster cluster;
   cluster.options_ = options;
   cluster.say_ = std::move(say);
+  ListenOptions gateway = options.credentials;
+  gateway.address = options.listen;
+  RETURN_IF_ERROR(CheckBindPolicy(gateway));
   RETURN_IF_ERROR(cluster.OpenStateDir());
   const absl::StatusOr<SavedCluster> saved = ReadClusterFile(cluster.PathOf("cluster.json"));
   if (saved.ok() && cluster.Runs(*saved)) {
@@ -119,6 +133,10 @@ void LocalCluster::Describe(const std::string& controller_listen, const std::str
     process.arguments = {binaries_ + "/moebius-" + binary, "--model", options_.model, "--port-file",
                          process.port_file};
     process.arguments.insert(process.arguments.end(), arguments.begin(), arguments.end());
+    if (const ListenOptions& tls = options_.credentials; tls.wants_tls()) {
+      process.arguments.insert(process.arguments.end(), {"--tls-cert", tls.tls_cert, "--tls-key",
+                                                         tls.tls_key, "--tls-ca", tls.tls_ca});
+    }
     if (const auto more = options_.role_flags.find(binary); more != options_.role_flags.end()) {
       process.arguments.insert(process.arguments.end(), more->second.begin(), more->second.end());
     }
@@ -126,7 +144,9 @@ void LocalCluster::Describe(const std::string& controller_listen, const std::str
   };
   add("controller", "controller",
       {"--listen", controller_listen, "--expected-experts", absl::StrCat(experts_)});
-  add("gateway", "gateway", {"--listen", options_.listen, "--controller", controller});
+  std::vector<std::string> gateway{"--listen", options_.listen, "--controller", controller};
+  if (options_.credentials.insecure) gateway.push_back("--insecure");
+  add("gateway", "gateway", std::move(gateway));
   for (int i = 0; i < attention_; ++i) {
     add(absl::StrCat("attention-", i), "attention",
         {"--controller", controller, "--node", absl::StrCat("attention-", i), "--threads",
@@ -158,6 +178,18 @@ absl::Status LocalCluster::Adopt(const SavedCluster& saved) {
     return absl::FailedPreconditionError(absl::StrCat(
         "the cluster at ", saved.gateway, " has --attention ", attention_, " --experts ", experts_,
         ": adopt it with these or without the flags, or stop it first"));
+  }
+  // Without its credentials we could neither ask it nor restart a part of it.
+  const bool speaks_tls =
+      std::any_of(saved.processes.begin(), saved.processes.end(), [&](const SavedProcess& p) {
+        return RunsWithPortFile(p.pid, PathOf(p.name + ".address")) &&
+               HasArgument(p.pid, "--tls-cert");
+      });
+  if (speaks_tls != options_.credentials.wants_tls()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the cluster at ", saved.gateway,
+                     speaks_tls ? " speaks TLS: give --tls-cert, --tls-key and --tls-ca"
+                                : " speaks plain text: leave out the TLS flags"));
   }
   adopted_ = true;
   controller_address_ = saved.controller;
@@ -224,6 +256,7 @@ void LocalCluster::KeepListening(Process& process, const std::string& address) {
 absl::Status LocalCluster::Launch(Process& process) {
   const int log = open(process.log_file.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (log < 0) return absl::UnavailableError(absl::StrCat("cannot write ", process.log_file));
+  process.log_start = lseek(log, 0, SEEK_END);
   std::vector<char*> argv;
   for (std::string& argument : process.arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
@@ -242,6 +275,8 @@ absl::Status LocalCluster::Launch(Process& process) {
     dup2(log, 1);
     dup2(log, 2);
     execv(argv[0], argv.data());
+    const char message[] = "cannot be run\n";
+    (void)!write(2, message, sizeof(message) - 1);
     _exit(127);
   }
   close(log);
@@ -249,6 +284,16 @@ absl::Status LocalCluster::Launch(Process& process) {
   process.child = true;
   process.waiting = false;
   return absl::OkStatus();
+}
+
+std::string LocalCluster::LastWord(const Process& process) {
+  constexpr int64_t kTail = 4096;
+  std::ifstream file(process.log_file, std::ios::binary | std::ios::ate);
+  const auto size = static_cast<int64_t>(file.tellg());
+  file.seekg(std::max(process.log_start, size - kTail));
+  const std::string tail((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  const std::vector<std::string> lines = absl::StrSplit(tail, '\n', absl::SkipEmpty());
+  return absl::StrCat(lines.empty() ? "without a word" : lines.back(), " (", process.log_file, ")");
 }
 
 bool LocalCluster::Alive(Process& process) {
@@ -272,7 +317,7 @@ absl::StatusOr<std::string> LocalCluster::AwaitAddress(Process& process,
     if (address.ok() && !address->empty()) return *address;
     if (!Alive(process)) {
       return absl::UnavailableError(
-          absl::StrCat(process.name, " ended at its start; see ", process.log_file));
+          absl::StrCat(process.name, " ended at its start: ", LastWord(process)));
     }
     if (StopRequests() > 0) return absl::CancelledError("interrupted");
     std::this_thread::sleep_for(kPoll);
@@ -288,7 +333,8 @@ absl::Status LocalCluster::Save() const {
 }
 
 absl::Status LocalCluster::WaitReady(std::chrono::seconds limit) {
-  auto stub = v1::StatusService::NewStub(MakeChannel(gateway_address_, ListenOptions()));
+  auto stub =
+      v1::StatusService::NewStub(MakeChannel(DialAddress(gateway_address_), options_.credentials));
   const auto end = steady_clock::now() + limit;
   std::string last;
   while (steady_clock::now() < end) {
@@ -312,7 +358,7 @@ absl::Status LocalCluster::WaitReady(std::chrono::seconds limit) {
     if (adopted_) Supervise();
     for (Process& process : processes_) {
       if (process.given_up || (!adopted_ && !Alive(process)))
-        return absl::UnavailableError(absl::StrCat(process.name, " ended; see ", process.log_file));
+        return absl::UnavailableError(absl::StrCat(process.name, " ended: ", LastWord(process)));
     }
     std::this_thread::sleep_for(kPoll);
   }
@@ -341,7 +387,7 @@ void LocalCluster::Supervise() {
     if (process.restarts.size() >= static_cast<size_t>(options_.restarts_per_minute)) {
       process.given_up = true;
       say_(absl::StrCat(process.name, " died ", process.restarts.size(),
-                        " times within a minute: left down; see ", process.log_file));
+                        " times within a minute and is left down: ", LastWord(process)));
       continue;
     }
     const auto delay = std::chrono::milliseconds(100) * (1 << process.restarts.size());

@@ -21,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "base/unique_handle.h"
 #include "services/cli/cluster_file.h"
+#include "services/common/bind_policy.h"
 
 namespace moebius::services {
 
@@ -29,6 +30,9 @@ struct LocalClusterOptions {
   std::optional<int> attention;           // workers; unset: 1, or as many as an adopted cluster has
   std::optional<int> experts;             // likewise, 2
   std::string listen = "127.0.0.1:8700";  // of the gateway
+  // TLS files for all processes; `insecure` for the gateway, which alone may listen beyond
+  // loopback.
+  ListenOptions credentials;
   std::string binaries;   // folder of the service binaries; empty: this program's own
   std::string state_dir;  // empty: below the user's state directory, by address
   bool adopt = false;     // take over a running cluster instead of refusing
@@ -48,8 +52,8 @@ class LocalCluster {
  public:
   // Starts (or adopts) the processes. ALREADY_EXISTS when a cluster runs there and `adopt` is not
   // set, or when another supervisor is at work there; FAILED_PRECONDITION when the cluster to adopt
-  // has other numbers of workers. `say` gets one line for each thing that a person would want to
-  // know.
+  // has other numbers of workers, or speaks TLS and we do not (or we do and it does not). `say`
+  // gets one line for each thing that a person would want to know.
   static absl::StatusOr<LocalCluster> Start(const LocalClusterOptions& options,
                                             std::function<void(const std::string&)> say);
 
@@ -65,6 +69,7 @@ class LocalCluster {
 
   const std::string& address() const { return gateway_address_; }
   int experts() const { return experts_; }
+  bool adopted() const { return adopted_; }
   struct Process {
     std::string name;  // "expert-1"
     pid_t pid = 0;
@@ -72,6 +77,7 @@ class LocalCluster {
     std::vector<std::string> arguments;
     std::string port_file;
     std::string log_file;
+    int64_t log_start = 0;  // where its last start begins in the log
     std::vector<std::chrono::steady_clock::time_point> restarts;
     std::chrono::steady_clock::time_point restart_at;
     bool waiting = false;  // dead, restart due at restart_at
@@ -80,6 +86,8 @@ class LocalCluster {
   const std::vector<Process>& processes() const { return processes_; }
 
  private:
+  // What a process that ended said last.
+  static std::string LastWord(const Process& process);
   // Makes and locks the state directory.
   absl::Status OpenStateDir();
   std::string PathOf(const std::string& file) const;

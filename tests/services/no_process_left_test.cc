@@ -79,9 +79,22 @@ TEST_F(NoProcessLeft, WhenThePortIsTaken) {
   ASSERT_EQ(bind(taken.get(), reinterpret_cast<sockaddr*>(&address), size), 0);
   ASSERT_EQ(listen(taken.get(), 1), 0);
   ASSERT_EQ(getsockname(taken.get(), reinterpret_cast<sockaddr*>(&address), &size), 0);
-  const auto up = Up("up", {"--address", absl::StrCat("127.0.0.1:", ntohs(address.sin_port))});
+  const std::string port = absl::StrCat("127.0.0.1:", ntohs(address.sin_port));
+  const auto up = Up("up", {"--address", port});
   EXPECT_EQ(up->Wait(), 1) << up->Log();
-  EXPECT_TRUE(absl::StrContains(up->Log(), "gateway ended at its start")) << up->Log();
+  EXPECT_TRUE(absl::StrContains(up->Log(), "gateway ended at its start: ")) << up->Log();
+  EXPECT_TRUE(absl::StrContains(up->Log(), "cannot listen on " + port)) << up->Log();
+  ExpectNothingLeft();
+  // The log still has that line, which is no word of the next one.
+  const std::string moebius = WithStandIn("gateway", "exit 3");
+  const auto silent = Up("silent", {"--address", port}, moebius);
+  EXPECT_EQ(silent->Wait(), 1);
+  EXPECT_TRUE(absl::StrContains(silent->Log(), "gateway ended at its start: without a word"))
+      << silent->Log();
+  std::filesystem::remove(folder_.path() + "/bin/moebius-gateway");
+  const auto missing = Up("missing", {"--address", port}, moebius);
+  EXPECT_EQ(missing->Wait(), 1);
+  EXPECT_TRUE(absl::StrContains(missing->Log(), "cannot be run")) << missing->Log();
   ExpectNothingLeft();
 }
 
