@@ -73,6 +73,8 @@ const char* Name(ChatTemplate chat_template) {
       return "deepseek-r1";
     case ChatTemplate::kV31:
       return "deepseek-v3.1";
+    case ChatTemplate::kOther:
+      return "of no known family";
   }
   return "?";
 }
@@ -86,6 +88,7 @@ absl::StatusOr<std::vector<ChatSegment>> RenderChat(ChatTemplate chat_template,
       return RenderV3(messages, add_generation_prompt);
     case ChatTemplate::kR1:
     case ChatTemplate::kV31:
+    case ChatTemplate::kOther:
       break;
   }
   return absl::UnimplementedError(absl::StrCat("chat template ", Name(chat_template),

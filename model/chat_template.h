@@ -18,12 +18,14 @@
 
 namespace moebius::model {
 
-// One per published template. kV3 is implemented; the others answer UNIMPLEMENTED by name, since
-// serving a model with a neighbour's template works just well enough to hide the mistake.
+// One per published template; model/chat_template_choice.h tells which. kV3 is implemented; the
+// others answer UNIMPLEMENTED by name, since serving a model with a neighbour's template works just
+// well enough to hide the mistake.
 enum class ChatTemplate : uint8_t {
-  kV3,   // bos S (User u Assistant a eos)*, generation prompt: Assistant
-  kR1,   // as V3, prompt "Assistant <think>\n", reasoning cut from stored turns
-  kV31,  // thinking switch, "Assistant </think>" before stored turns
+  kV3,     // bos S (User u Assistant a eos)*, generation prompt: Assistant
+  kR1,     // as V3, prompt "Assistant <think>\n", reasoning cut from stored turns
+  kV31,    // thinking switch, "Assistant </think>" before stored turns
+  kOther,  // none of these
 };
 const char* Name(ChatTemplate chat_template);
 

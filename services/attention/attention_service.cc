@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "services/attention/event_queue.h"
+#include "services/common/finish_reason.h"
 #include "services/common/grpc_status.h"
 #include "services/common/process.h"
 
@@ -17,21 +18,6 @@ namespace moebius::services {
 namespace {
 
 constexpr std::chrono::milliseconds kCancelPoll(100);
-
-v1::FinishReason ToProto(attention_worker::FinishReason reason) {
-  switch (reason) {
-    case attention_worker::FinishReason::kStop:
-      return v1::FINISH_REASON_STOP;
-    case attention_worker::FinishReason::kLength:
-      return v1::FINISH_REASON_LENGTH;
-    case attention_worker::FinishReason::kCancelled:
-      return v1::FINISH_REASON_CANCELLED;
-    case attention_worker::FinishReason::kDeadline:
-      return v1::FINISH_REASON_DEADLINE;
-    default:
-      return v1::FINISH_REASON_UNSPECIFIED;
-  }
-}
 
 }  // namespace
 
@@ -83,7 +69,8 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
       cancel();
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
     }
-    if (event->finish_reason != attention_worker::FinishReason::kNone) return grpc::Status::OK;
+    // At a deadline the last event has the reason and the call the code.
+    if (event->finish_reason != attention_worker::FinishReason::kNone) return ToGrpc(event->status);
   }
 }
 
@@ -98,6 +85,7 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
   submit.request = RequestId(request->request());
   submit.prompt.assign(request->prompt().begin(), request->prompt().end());
   submit.top_n = static_cast<uint32_t>(request->top());
+  submit.deadline_ms = request->deadline_ms();
   submit.on_score = [queue](const attention_worker::ScoreEvent& event) {
     queue->Push(Step{event, std::nullopt});
   };
@@ -115,10 +103,9 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
     }
     if (!step) continue;
     if (step->end) {
-      if (step->end->finish_reason == attention_worker::FinishReason::kError)
-        return ToGrpc(step->end->status);
-      if (reply->positions_size() < request->prompt_size()) continue;
-      return grpc::Status::OK;
+      // A score that succeeds ends with its last position.
+      if (!step->end->status.ok()) return ToGrpc(step->end->status);
+      return grpc::Status(grpc::StatusCode::INTERNAL, "the score ended before its last position");
     }
     v1::ScorePosition* position = reply->add_positions();
     position->set_next_logprob(step->score->next_logprob);

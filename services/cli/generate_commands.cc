@@ -5,11 +5,14 @@
 #include <iostream>
 #include <memory>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "services/cli/commands.h"
 #include "services/cli/generation_client.h"
+#include "services/cli/tls_flags.h"
 #include "services/cli/token_ids_file.h"
 
 namespace moebius::services {
@@ -26,25 +29,41 @@ struct GenerateFlags {
   uint64_t seed = 0;
   std::vector<std::string> stop;
   bool ignore_eos = false;
+  int64_t deadline_ms = 0;
   bool json = false;
   int top = 5;
 };
 
+// A flag that would have no effect is a mistake to be told: those of a client want --address, those
+// of this process exclude it. --model may stay beside --address; the cluster's own model answers
+// then.
 void AddClientFlags(CLI::App& command, ClientFlags& flags) {
   command.add_option("--model", flags.model, "model directory")->check(CLI::ExistingDirectory);
-  command.add_option("--address", flags.address,
-                     "gateway of a running cluster; without it, all in this process");
-  command.add_option("--tls-cert", flags.credentials.tls_cert);
-  command.add_option("--tls-key", flags.credentials.tls_key);
-  command.add_option("--tls-ca", flags.credentials.tls_ca);
+  CLI::Option* address = command.add_option(
+      "--address", flags.address, "gateway of a running cluster; without it, all in this process");
+  AddTlsFlags(command, flags.credentials, address);
   command.add_option("--experts", flags.local.experts, "expert workers, in this process")
-      ->check(CLI::Range(1, 256));
+      ->check(CLI::Range(1, 256))
+      ->excludes(address);
   command.add_option("--threads", flags.local.threads, "compute threads, in this process")
-      ->check(CLI::Range(1, 256));
+      ->check(CLI::Range(1, 256))
+      ->excludes(address);
   command
       .add_option("--prefill-chunk", flags.local.prefill_chunk,
                   "rows of a prompt in one step, in this process")
-      ->check(CLI::Range(1, 512));
+      ->check(CLI::Range(1, 512))
+      ->excludes(address);
+}
+
+void AddDeadlineFlag(CLI::App& command, GenerateFlags& flags) {
+  command.add_option("--deadline-ms", flags.deadline_ms,
+                     "give up after so long; 0: the gateway's default, in this process never");
+}
+
+// CLI11 would wrap a negative number and cut one that is too large.
+std::string IsSeed(const std::string& text) {
+  uint64_t seed = 0;
+  return absl::SimpleAtoi(text, &seed) ? "" : absl::StrCat(text, " is not in [0, 2^64)");
 }
 
 void AddSamplingFlags(CLI::App& command, GenerateFlags& flags) {
@@ -52,8 +71,9 @@ void AddSamplingFlags(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--temperature", flags.temperature, "0 is greedy");
   command.add_option("--top-k", flags.top_k);
   command.add_option("--top-p", flags.top_p);
-  command.add_option("--seed", flags.seed);
+  command.add_option("--seed", flags.seed)->check(IsSeed);
   command.add_option("--stop", flags.stop, "a string that ends the answer; may be repeated");
+  AddDeadlineFlag(command, flags);
 }
 
 v1::GenerateRequest MakeRequest(const GenerateFlags& flags) {
@@ -65,6 +85,7 @@ v1::GenerateRequest MakeRequest(const GenerateFlags& flags) {
   request.set_seed(flags.seed);
   for (const std::string& stop : flags.stop) request.add_stop(stop);
   request.set_ignore_eos(flags.ignore_eos);
+  request.set_deadline_ms(flags.deadline_ms);
   return request;
 }
 
@@ -128,6 +149,7 @@ absl::Status RunScore(const GenerateFlags& flags) {
   ASSIGN_OR_RETURN(const std::vector<TokenId> ids, ReadTokenIds(flags.token_ids));
   request.mutable_token_ids()->mutable_ids()->Add(ids.begin(), ids.end());
   request.set_top(flags.top);
+  request.set_deadline_ms(flags.deadline_ms);
   ASSIGN_OR_RETURN(const std::unique_ptr<GenerationClient> client,
                    GenerationClient::Open(flags.client));
   ASSIGN_OR_RETURN(const v1::ScoreReply reply, client->Score(request));
@@ -190,8 +212,9 @@ void AddGenerate(CLI::App& app, int* exit_code) {
   CLI::App* command = app.add_subcommand("generate", "continue a prompt");
   AddClientFlags(*command, flags->client);
   AddSamplingFlags(*command, *flags);
-  command->add_option("--prompt", flags->prompt, "text");
-  command->add_option("--token-ids", flags->token_ids, "file with a JSON list of ids, or -");
+  CLI::Option* prompt = command->add_option("--prompt", flags->prompt, "text");
+  command->add_option("--token-ids", flags->token_ids, "file with a JSON list of ids, or -")
+      ->excludes(prompt);
   command->add_flag("--ignore-eos", flags->ignore_eos);
   command->add_flag("--json", flags->json);
   command->callback([flags, exit_code] { *exit_code = Report(RunGenerate(*flags)); });
@@ -215,6 +238,7 @@ void AddScore(CLI::App& app, int* exit_code) {
       ->required();
   command->add_option("--top", flags->top, "best tokens for each position")
       ->check(CLI::Range(0, 20));
+  AddDeadlineFlag(*command, *flags);
   command->add_flag("--json", flags->json);
   command->callback([flags, exit_code] { *exit_code = Report(RunScore(*flags)); });
 }

@@ -2,8 +2,11 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <chrono>
+
 #include "base/status_macros.h"
 #include "services/attention/event_queue.h"
+#include "services/common/finish_reason.h"
 #include "services/common/grpc_status.h"
 #include "services/gateway/request_check.h"
 
@@ -13,7 +16,15 @@ namespace {
 RequestLimits LimitsOf(const ModelHost& host) {
   RequestLimits limits;
   limits.max_context = host.config.max_position_embeddings;
+  limits.default_deadline_ms = 0;  // whoever waits is this process
   return limits;
+}
+
+// The gateway ends the request at its deadline and says so; this is for one that does not answer.
+void SetDeadline(grpc::ClientContext& context, int64_t deadline_ms) {
+  if (deadline_ms <= 0) return;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(deadline_ms) +
+                       std::chrono::seconds(5));
 }
 
 }  // namespace
@@ -21,6 +32,7 @@ RequestLimits LimitsOf(const ModelHost& host) {
 absl::StatusOr<std::unique_ptr<GenerationClient>> GenerationClient::Open(const ClientFlags& flags) {
   auto client = std::make_unique<GenerationClient>();
   if (!flags.address.empty()) {
+    RETURN_IF_ERROR(CheckTlsFiles(flags.credentials));
     client->stub_ = v1::Generation::NewStub(MakeChannel(flags.address, flags.credentials));
     return client;
   }
@@ -32,18 +44,24 @@ absl::StatusOr<std::unique_ptr<GenerationClient>> GenerationClient::Open(const C
 
 absl::Status GenerationClient::Generate(
     const v1::GenerateRequest& request,
-    const std::function<void(const v1::GenerateEvent&)>& on_event) {
-  if (local_ != nullptr) return GenerateLocally(request, on_event);
+    const std::function<void(const v1::GenerateEvent&)>& on_event,
+    const std::function<bool()>& stop) {
+  if (local_ != nullptr) return GenerateLocally(request, on_event, stop);
   grpc::ClientContext context;
+  SetDeadline(context, request.deadline_ms());
   auto reader = stub_->Generate(&context, request);
   v1::GenerateEvent event;
-  while (reader->Read(&event)) on_event(event);
+  while (reader->Read(&event)) {
+    on_event(event);
+    if (stop && stop()) context.TryCancel();
+  }
   return FromGrpc(reader->Finish());
 }
 
 absl::Status GenerationClient::GenerateLocally(
     const v1::GenerateRequest& request,
-    const std::function<void(const v1::GenerateEvent&)>& on_event) {
+    const std::function<void(const v1::GenerateEvent&)>& on_event,
+    const std::function<bool()>& stop) {
   using attention_worker::FinishReason;
   using attention_worker::TokenEvent;
   const ModelHost& host = local_->host();
@@ -55,6 +73,7 @@ absl::Status GenerationClient::GenerateLocally(
   submit.max_tokens = resolved.max_tokens();
   submit.stop_strings.assign(resolved.stop().begin(), resolved.stop().end());
   submit.ignore_eos = resolved.ignore_eos();
+  submit.deadline_ms = resolved.deadline_ms();
   std::unique_ptr<model::StreamDecoder> decoder;
   if (host.tokenizer != nullptr) {
     decoder = std::make_unique<model::StreamDecoder>(*host.tokenizer, /*skip_special=*/true);
@@ -81,15 +100,14 @@ absl::Status GenerationClient::GenerateLocally(
       const bool last = token->finish_reason != FinishReason::kNone;
       if (last) {
         if (decoder != nullptr) event.mutable_text()->append(decoder->Finish());
-        event.set_finish_reason(token->finish_reason == FinishReason::kLength
-                                    ? v1::FINISH_REASON_LENGTH
-                                    : v1::FINISH_REASON_STOP);
+        event.set_finish_reason(ToProto(token->finish_reason));
         event.mutable_usage()->set_prompt_tokens(static_cast<uint64_t>(resolved.prompt_size()));
         event.mutable_usage()->set_completion_tokens(completion_tokens);
         event.mutable_usage()->set_preemptions(token->preemptions);
       }
       on_event(event);
       if (last) return;
+      if (stop && stop()) local_->Cancel(token->request);
     }
   });
   const absl::StatusOr<GenerationResult> result =
@@ -98,7 +116,9 @@ absl::Status GenerationClient::GenerateLocally(
       result->events.back().finish_reason == FinishReason::kNone) {
     // The stream ended without a token that says so: an error, or an end that carries no token.
     TokenEvent end;
-    end.finish_reason = result.ok() ? result->finish_reason : FinishReason::kError;
+    end.finish_reason = result.ok()                                 ? result->finish_reason
+                        : absl::IsDeadlineExceeded(result.status()) ? FinishReason::kDeadline
+                                                                    : FinishReason::kError;
     end.token = -1;
     end.preemptions = result.ok() ? result->preemptions : 0;
     queue->Push(end);
@@ -111,6 +131,7 @@ absl::StatusOr<v1::ScoreReply> GenerationClient::Score(const v1::ScoreRequest& r
   v1::ScoreReply reply;
   if (local_ == nullptr) {
     grpc::ClientContext context;
+    SetDeadline(context, request.deadline_ms());
     RETURN_IF_ERROR(FromGrpc(stub_->Score(&context, request, &reply)));
     return reply;
   }
@@ -118,7 +139,8 @@ absl::StatusOr<v1::ScoreReply> GenerationClient::Score(const v1::ScoreRequest& r
   ASSIGN_OR_RETURN(const v1::ResolvedScore resolved, ResolveScore(host, LimitsOf(host), request));
   ASSIGN_OR_RETURN(const std::vector<attention_worker::ScoreEvent> scores,
                    local_->Score({resolved.prompt().begin(), resolved.prompt().end()},
-                                 static_cast<uint32_t>(resolved.top())));
+                                 static_cast<uint32_t>(resolved.top()), resolved.deadline_ms()));
+  reply.set_request_id(request.request_id());
   for (const attention_worker::ScoreEvent& score : scores) {
     v1::ScorePosition* position = reply.add_positions();
     position->set_next_logprob(score.next_logprob);

@@ -25,16 +25,19 @@ class GenerationClient {
  public:
   static absl::StatusOr<std::unique_ptr<GenerationClient>> Open(const ClientFlags& flags);
 
-  // Blocks until the stream ends; `on_event` runs on the calling thread.
+  // Blocks until the stream ends; `on_event` runs on one thread at a time, maybe not the caller's.
+  // `stop` is asked after each event: once it says true the request is cancelled (CANCELLED).
   absl::Status Generate(const v1::GenerateRequest& request,
-                        const std::function<void(const v1::GenerateEvent&)>& on_event);
+                        const std::function<void(const v1::GenerateEvent&)>& on_event,
+                        const std::function<bool()>& stop = nullptr);
   absl::StatusOr<v1::ScoreReply> Score(const v1::ScoreRequest& request);
   // nullptr for a remote cluster.
   LocalEngine* local() { return local_.get(); }
 
  private:
   absl::Status GenerateLocally(const v1::GenerateRequest& request,
-                               const std::function<void(const v1::GenerateEvent&)>& on_event);
+                               const std::function<void(const v1::GenerateEvent&)>& on_event,
+                               const std::function<bool()>& stop);
   std::unique_ptr<v1::Generation::Stub> stub_;
   std::unique_ptr<LocalEngine> local_;
 };

@@ -37,12 +37,15 @@ bool IsUnspecified(const std::string& address) {
 
 }  // namespace
 
-absl::Status CheckBindPolicy(const ListenOptions& options) {
+absl::Status CheckTlsFiles(const ListenOptions& options) {
   const bool all = !options.tls_cert.empty() && !options.tls_key.empty() && !options.tls_ca.empty();
-  if (options.wants_tls() && !all) {
-    return absl::InvalidArgumentError("--tls-cert, --tls-key and --tls-ca go together");
-  }
-  if (!IsLoopback(options.address) && !all && !options.insecure) {
+  if (!options.wants_tls() || all) return absl::OkStatus();
+  return absl::InvalidArgumentError("--tls-cert, --tls-key and --tls-ca go together");
+}
+
+absl::Status CheckBindPolicy(const ListenOptions& options) {
+  RETURN_IF_ERROR(CheckTlsFiles(options));
+  if (!IsLoopback(options.address) && !options.wants_tls() && !options.insecure) {
     return absl::FailedPreconditionError(
         absl::StrCat("address ", options.address,
                      " is not loopback: give --tls-cert, --tls-key and --tls-ca, or --insecure"));

@@ -21,6 +21,9 @@ struct ListenOptions {
   bool wants_tls() const { return !tls_cert.empty() || !tls_key.empty() || !tls_ca.empty(); }
 };
 
+// INVALID_ARGUMENT when some of the TLS files are given and some are not.
+absl::Status CheckTlsFiles(const ListenOptions& options);
+
 // FAILED_PRECONDITION when the gRPC address is not loopback and there is neither TLS nor
 // --insecure; INVALID_ARGUMENT when the TLS files are incomplete.
 absl::Status CheckBindPolicy(const ListenOptions& options);

@@ -113,7 +113,7 @@ absl::StatusOr<GenerationResult> LocalEngine::Generate(
     if (event.finish_reason == FinishReason::kNone) return;
     shared->result.finish_reason = event.finish_reason;
     shared->result.preemptions = event.preemptions;
-    if (event.finish_reason == FinishReason::kError) shared->status = event.status;
+    shared->status = event.status;
     shared->done.set_value();
   };
   RETURN_IF_ERROR(node_->Post(runtime::kAttentionWorker, std::move(request)));
@@ -122,8 +122,12 @@ absl::StatusOr<GenerationResult> LocalEngine::Generate(
   return std::move(shared->result);
 }
 
+void LocalEngine::Cancel(RequestId request) {
+  (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{request});
+}
+
 absl::StatusOr<std::vector<attention_worker::ScoreEvent>> LocalEngine::Score(
-    std::vector<TokenId> ids, uint32_t top) {
+    std::vector<TokenId> ids, uint32_t top, int64_t deadline_ms) {
   struct Shared {
     std::vector<attention_worker::ScoreEvent> scores;
     absl::Status status;
@@ -135,6 +139,7 @@ absl::StatusOr<std::vector<attention_worker::ScoreEvent>> LocalEngine::Score(
   request.request = RequestId(next_request_.fetch_add(1));
   request.prompt = std::move(ids);
   request.top_n = top;
+  request.deadline_ms = deadline_ms;
   const auto end = [shared](absl::Status status) {
     if (shared->ended) return;
     shared->ended = true;
@@ -146,7 +151,7 @@ absl::StatusOr<std::vector<attention_worker::ScoreEvent>> LocalEngine::Score(
     if (event.last) end(absl::OkStatus());
   };
   request.on_token = [end](const attention_worker::TokenEvent& event) {
-    if (event.finish_reason == attention_worker::FinishReason::kError) end(event.status);
+    if (!event.status.ok()) end(event.status);
   };
   RETURN_IF_ERROR(node_->Post(runtime::kAttentionWorker, std::move(request)));
   shared->done.get_future().wait();

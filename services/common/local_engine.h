@@ -48,8 +48,12 @@ class LocalEngine {
   absl::StatusOr<GenerationResult> Generate(
       attention_worker::Submit request,
       std::function<void(const attention_worker::TokenEvent&)> on_token);
+  // Ends a request (its events name it) with CANCELLED. One that has ended is no concern.
+  void Cancel(RequestId request);
+  // `deadline_ms`: 0 is none.
   absl::StatusOr<std::vector<attention_worker::ScoreEvent>> Score(std::vector<TokenId> ids,
-                                                                  uint32_t top);
+                                                                  uint32_t top,
+                                                                  int64_t deadline_ms = 0);
 
   const ModelHost& host() const { return *host_; }
   attention_worker::AttentionCounters counters() const { return attention_->counters(); }

@@ -15,6 +15,7 @@
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "model/chat_template_choice.h"
 #include "services/common/buffer_classes.h"
 
 namespace moebius::services {
@@ -65,6 +66,7 @@ absl::StatusOr<std::unique_ptr<ModelHost>> OpenModel(const std::string& dir) {
   absl::StatusOr<model::Tokenizer> tokenizer = model::Tokenizer::Load(dir);
   if (tokenizer.ok()) {
     host->tokenizer = std::make_unique<model::Tokenizer>(*std::move(tokenizer));
+    ASSIGN_OR_RETURN(host->chat_template, model::LoadChatTemplate(dir));
   } else if (!absl::IsNotFound(tokenizer.status())) {
     return tokenizer.status();
   }

@@ -12,6 +12,7 @@
 #include "attention_worker/attention_options.h"
 #include "expert_worker/expert_actor.h"
 #include "kernels/backend.h"
+#include "model/chat_template.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
 #include "model/manifest.h"
@@ -29,7 +30,8 @@ struct ModelHost {
   model::ModelConfig config;
   std::unique_ptr<model::Checkpoint> checkpoint;
   model::Manifest manifest;
-  std::unique_ptr<model::Tokenizer> tokenizer;  // nullptr: token ids only
+  std::unique_ptr<model::Tokenizer> tokenizer;                   // nullptr: token ids only
+  model::ChatTemplate chat_template = model::ChatTemplate::kV3;  // only with a tokenizer
 
   // Tokens that may be drawn: padding rows of the head are not among them.
   int64_t sampled_vocab() const;

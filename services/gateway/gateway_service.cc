@@ -12,6 +12,28 @@
 #include "services/common/process.h"
 
 namespace moebius::services {
+namespace {
+
+// A worker ends a request at its deadline and says so. One that has stopped says nothing: then the
+// call to it ends so much later, and with it the request's place here.
+constexpr std::chrono::seconds kDeadlineGrace(2);
+
+// The worker's call: ends with the client's, at the client's gRPC deadline, or when the request's
+// own has passed and the worker does not answer.
+std::unique_ptr<grpc::ClientContext> Upstream(const grpc::ServerContext& client,
+                                              int64_t deadline_ms) {
+  std::unique_ptr<grpc::ClientContext> context = grpc::ClientContext::FromServerContext(client);
+  context->set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(deadline_ms) +
+                        kDeadlineGrace);
+  return context;
+}
+
+// What the client calls the request.
+std::string IdOf(const std::string& chosen, uint64_t number) {
+  return chosen.empty() ? absl::StrCat("req-", absl::Hex(number)) : chosen;
+}
+
+}  // namespace
 
 class Gateway::Ticket {
  public:
@@ -148,11 +170,9 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   if (!ticket.ok()) return ToGrpc(ticket.status());
   ++requests_;
   const uint64_t number = next_request_.fetch_add(1);
-  const std::string id = request->request_id().empty() ? absl::StrCat("req-", absl::Hex(number))
-                                                       : request->request_id();
+  const std::string id = IdOf(request->request_id(), number);
   resolved->set_request(number);
-  // Cancelling the client's call cancels the worker's; its deadline travels on.
-  std::unique_ptr<grpc::ClientContext> upstream = grpc::ClientContext::FromServerContext(*context);
+  const std::unique_ptr<grpc::ClientContext> upstream = Upstream(*context, resolved->deadline_ms());
   auto reader = (*ticket)->stub().Generate(upstream.get(), *resolved);
   WriteWatch::Stream watched(*writes_, [this, context, id] {
     ++slow_clients_;
@@ -208,9 +228,12 @@ grpc::Status Gateway::Score(grpc::ServerContext* context, const v1::ScoreRequest
   absl::StatusOr<std::unique_ptr<Ticket>> ticket = Admit();
   if (!ticket.ok()) return ToGrpc(ticket.status());
   ++requests_;
-  resolved->set_request(next_request_.fetch_add(1));
-  std::unique_ptr<grpc::ClientContext> upstream = grpc::ClientContext::FromServerContext(*context);
-  return (*ticket)->stub().Score(upstream.get(), *resolved, reply);
+  const uint64_t number = next_request_.fetch_add(1);
+  resolved->set_request(number);
+  const std::unique_ptr<grpc::ClientContext> upstream = Upstream(*context, resolved->deadline_ms());
+  const grpc::Status status = (*ticket)->stub().Score(upstream.get(), *resolved, reply);
+  reply->set_request_id(IdOf(request->request_id(), number));
+  return status;
 }
 
 grpc::Status Gateway::Tokenize(grpc::ServerContext*, const v1::TokenizeRequest* request,

@@ -58,10 +58,23 @@ absl::StatusOr<std::vector<TokenId>> EncodeChat(const ModelHost& host,
   if (host.tokenizer == nullptr) {
     return absl::InvalidArgumentError("chat: this model has no tokenizer; send token_ids");
   }
-  ASSIGN_OR_RETURN(
-      const std::vector<model::ChatSegment> segments,
-      model::RenderChat(model::ChatTemplate::kV3, messages, /*add_generation_prompt=*/true));
+  ASSIGN_OR_RETURN(const std::vector<model::ChatSegment> segments,
+                   model::RenderChat(host.chat_template, messages, /*add_generation_prompt=*/true));
   return model::EncodeChat(*host.tokenizer, segments);
+}
+
+absl::Status CheckRequestId(const std::string& id) {
+  if (id.size() <= 128) return absl::OkStatus();
+  return absl::InvalidArgumentError("request_id: longer than 128 bytes");
+}
+
+// With the default put in.
+absl::StatusOr<int64_t> ResolveDeadline(int64_t deadline_ms, const RequestLimits& limits) {
+  if (deadline_ms < 0 || deadline_ms > limits.max_deadline_ms) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("deadline_ms: ", deadline_ms, " is not in [0, ", limits.max_deadline_ms, "]"));
+  }
+  return deadline_ms == 0 ? limits.default_deadline_ms : deadline_ms;
 }
 
 absl::Status CheckIds(const ModelHost& host, const google::protobuf::RepeatedField<int32_t>& ids) {
@@ -89,8 +102,7 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
                                                     const RequestLimits& limits,
                                                     const v1::GenerateRequest& request) {
   RETURN_IF_ERROR(CheckModel(host, request.model()));
-  if (request.request_id().size() > 128)
-    return absl::InvalidArgumentError("request_id: longer than 128 bytes");
+  RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   if (request.max_tokens() < 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("max_tokens: ", request.max_tokens(), " is negative"));
@@ -119,10 +131,7 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
   if (request.stop_size() > 0 && host.tokenizer == nullptr) {
     return absl::InvalidArgumentError("stop: this model has no tokenizer");
   }
-  if (request.deadline_ms() < 0 || request.deadline_ms() > limits.max_deadline_ms) {
-    return absl::InvalidArgumentError(absl::StrCat("deadline_ms: ", request.deadline_ms(),
-                                                   " is not in [0, ", limits.max_deadline_ms, "]"));
-  }
+  ASSIGN_OR_RETURN(const int64_t deadline_ms, ResolveDeadline(request.deadline_ms(), limits));
   v1::ResolvedRequest resolved;
   std::string field;
   switch (request.input_case()) {
@@ -166,14 +175,15 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
   resolved.set_seed(request.seed());
   *resolved.mutable_stop() = request.stop();
   resolved.set_ignore_eos(request.ignore_eos());
-  resolved.set_deadline_ms(request.deadline_ms() == 0 ? limits.default_deadline_ms
-                                                      : request.deadline_ms());
+  resolved.set_deadline_ms(deadline_ms);
   return resolved;
 }
 
 absl::StatusOr<v1::ResolvedScore> ResolveScore(const ModelHost& host, const RequestLimits& limits,
                                                const v1::ScoreRequest& request) {
   RETURN_IF_ERROR(CheckModel(host, request.model()));
+  RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  ASSIGN_OR_RETURN(const int64_t deadline_ms, ResolveDeadline(request.deadline_ms(), limits));
   RETURN_IF_ERROR(CheckIds(host, request.token_ids().ids()));
   RETURN_IF_ERROR(
       CheckLength(static_cast<size_t>(request.token_ids().ids_size()), limits, "token_ids"));
@@ -183,6 +193,7 @@ absl::StatusOr<v1::ResolvedScore> ResolveScore(const ModelHost& host, const Requ
   v1::ResolvedScore resolved;
   *resolved.mutable_prompt() = request.token_ids().ids();
   resolved.set_top(request.top());
+  resolved.set_deadline_ms(deadline_ms);
   return resolved;
 }
 

@@ -18,7 +18,7 @@ namespace moebius::services {
 struct RequestLimits {
   int64_t max_context = 0;  // tokens of prompt and answer together
   int64_t default_max_tokens = 256;
-  int64_t default_deadline_ms = 600'000;
+  int64_t default_deadline_ms = 600'000;  // 0: none
   int64_t max_deadline_ms = 86'400'000;
 };
 

@@ -79,7 +79,7 @@ TEST(ChatTemplate, ContentCannotInjectControlTokens) {
 
 TEST(ChatTemplate, WhatIsNotServedIsNamed) {
   const std::vector<ChatMessage> hello = {{"user", "hello"}};
-  for (const ChatTemplate kind : {ChatTemplate::kR1, ChatTemplate::kV31}) {
+  for (const ChatTemplate kind : {ChatTemplate::kR1, ChatTemplate::kV31, ChatTemplate::kOther}) {
     const absl::Status status = RenderChat(kind, hello, true).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
     EXPECT_TRUE(absl::StrContains(status.message(), Name(kind))) << status;

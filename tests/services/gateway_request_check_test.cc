@@ -3,10 +3,16 @@
 
 #include "services/gateway/request_check.h"
 
+#include <unistd.h>
+
+#include <filesystem>
 #include <functional>
 #include <limits>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
+#include "model/file_io.h"
 
 namespace moebius::services {
 namespace {
@@ -96,6 +102,46 @@ TEST_F(RequestCheck, TextCannotSpellAControlToken) {
   EXPECT_GT(resolved->prompt_size(), 3) << "several pieces of text, not one marker";
 }
 
+TEST_F(RequestCheck, AChatIsRefusedByNameWhereTheModelHasAnotherTemplate) {
+  v1::GenerateRequest generate;
+  v1::ChatMessage* message = generate.mutable_chat()->add_messages();
+  message->set_role("user");
+  message->set_content("hello");
+  v1::TokenizeRequest tokenize;
+  *tokenize.mutable_chat() = generate.chat();
+  ASSERT_TRUE(ResolveGenerate(*host_, limits_, generate).ok()) << "moebius-tiny has V3's";
+
+  const std::string dir = absl::StrCat(testing::TempDir(), "/request-check-", getpid());
+  std::filesystem::copy(host_->dir, dir);
+  const auto with_template = [&](const std::string& jinja) {
+    EXPECT_TRUE(model::ReplaceFile(dir + "/chat_template.jinja", jinja).ok());
+    return OpenModel(dir);
+  };
+  const std::string turns = absl::StrCat(model::kUserMarker, "{{ u }}", model::kAssistantMarker);
+  for (const auto& [jinja, name] : {std::pair<std::string, std::string>{turns + "<think>\n", "r1"},
+                                    {turns + "{% if thinking %}</think>", "v3.1"},
+                                    {"[INST]{{ u }}[/INST]", "no known family"}}) {
+    const auto host = with_template(jinja);
+    ASSERT_TRUE(host.ok()) << host.status();
+    for (const absl::Status& status : {ResolveGenerate(**host, limits_, generate).status(),
+                                       ResolveTokenize(**host, tokenize).status()}) {
+      EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented) << jinja;
+      EXPECT_TRUE(absl::StrContains(status.message(), name)) << status;
+    }
+    v1::GenerateRequest text;
+    text.set_text("Text needs no template.");
+    EXPECT_TRUE(ResolveGenerate(**host, limits_, text).ok());
+  }
+  EXPECT_TRUE(ResolveTokenize(**with_template(turns), tokenize).ok());
+  std::filesystem::remove(dir + "/chat_template.jinja");
+  ASSERT_TRUE(model::ReplaceFile(dir + "/tokenizer_config.json", R"({"chat_template": 3})").ok());
+  const absl::Status broken = OpenModel(dir).status();
+  EXPECT_EQ(broken.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(broken.message(), "tokenizer_config.json: chat_template"))
+      << broken;
+  std::filesystem::remove_all(dir);
+}
+
 TEST_F(RequestCheck, ScoreChecksIdsAndTop) {
   v1::ScoreRequest request;
   EXPECT_EQ(ResolveScore(*host_, limits_, request).status().code(),
@@ -105,6 +151,17 @@ TEST_F(RequestCheck, ScoreChecksIdsAndTop) {
   request.set_top(21);
   EXPECT_EQ(std::string(ResolveScore(*host_, limits_, request).status().message()).rfind("top", 0),
             0u);
+  request.set_top(20);
+  request.set_deadline_ms(-1);
+  EXPECT_TRUE(
+      absl::StartsWith(ResolveScore(*host_, limits_, request).status().message(), "deadline_ms"));
+  request.set_deadline_ms(7);
+  EXPECT_EQ(ResolveScore(*host_, limits_, request)->deadline_ms(), 7);
+  request.set_deadline_ms(0);
+  EXPECT_EQ(ResolveScore(*host_, limits_, request)->deadline_ms(), 600'000);
+  request.set_request_id(std::string(200, 'x'));
+  EXPECT_TRUE(
+      absl::StartsWith(ResolveScore(*host_, limits_, request).status().message(), "request_id"));
 }
 
 }  // namespace

@@ -204,6 +204,19 @@ TEST_F(GatewayWire, AWorkerRefusesWhatNoGatewayWouldSend) {
   }
 }
 
+TEST_F(GatewayWire, AScoreHasTheNameThatItsClientGaveIt) {
+  v1::ScoreRequest request;
+  for (int id : {3, 5, 7}) request.mutable_token_ids()->add_ids(id);
+  request.set_request_id("score-7");
+  const auto reply = cluster_->Client()->Score(request);
+  ASSERT_TRUE(reply.ok()) << reply.status();
+  EXPECT_EQ(reply->request_id(), "score-7");
+  request.clear_request_id();
+  const auto named = cluster_->Client()->Score(request);
+  ASSERT_TRUE(named.ok()) << named.status();
+  EXPECT_EQ(named->request_id().rfind("req-", 0), 0u) << named->request_id();
+}
+
 std::vector<std::vector<model::ChatMessage>> Conversations() {
   return {
       {{"user", "What is the code of belora?"}},

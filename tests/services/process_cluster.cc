@@ -17,6 +17,7 @@
 #include <thread>
 
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 #include "model/file_io.h"
@@ -126,13 +127,28 @@ bool IsRunning(pid_t pid) {
   return name_end != std::string::npos && stat[name_end + 2] != 'Z' && stat[name_end + 2] != 'X';
 }
 
+std::vector<pid_t> RunningWith(const std::string& text) {
+  std::vector<pid_t> found;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc", error)) {
+    int pid = 0;
+    if (!absl::SimpleAtoi(entry.path().filename().string(), &pid) || pid == getpid()) continue;
+    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
+    const std::string command((std::istreambuf_iterator<char>(file)),
+                              std::istreambuf_iterator<char>());
+    if (absl::StrContains(command, text) && IsRunning(pid)) found.push_back(pid);
+  }
+  return found;
+}
+
 ServiceProcess::ServiceProcess(const ScopedFolder& folder, const std::string& name,
                                const std::string& binary, std::vector<std::string> arguments)
     : folder_(folder.path()),
       log_file_(absl::StrCat(folder_, "/", name, ".log")),
       port_file_(absl::StrCat(folder_, "/", name, ".address")) {
-  arguments.insert(arguments.begin(), absl::StrCat(MOEBIUS_BINARIES, "/", binary));
-  if (binary != "moebius") {
+  const bool ours = binary[0] != '/';
+  arguments.insert(arguments.begin(), ours ? absl::StrCat(MOEBIUS_BINARIES, "/", binary) : binary);
+  if (ours && binary != "moebius") {
     arguments.insert(arguments.end(), {"--port-file", port_file_, "--model", kTestModel});
   }
   std::error_code error;

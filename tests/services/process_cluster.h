@@ -71,8 +71,12 @@ uint64_t SumOf(const std::map<std::string, uint64_t>& counters, const std::strin
 // False for one that has ended, reaped or not.
 bool IsRunning(pid_t pid);
 
+// Processes (not ended ones) that name `text` in their command line: those of a state directory,
+// say.
+std::vector<pid_t> RunningWith(const std::string& text);
+
 // One program, started in `folder`, killed by the destructor if it still runs. Output goes to
-// "<name>.log" there.
+// "<name>.log" there. `binary` is one of ours, or a path.
 class ServiceProcess {
  public:
   ServiceProcess(const ScopedFolder& folder, const std::string& name, const std::string& binary,
@@ -90,11 +94,11 @@ class ServiceProcess {
   // Waits for the end: the exit status, or 128 + the signal; nullopt when it still runs after
   // `limit`.
   std::optional<int> Wait(std::chrono::seconds limit = std::chrono::seconds(60));
+  // Until `wanted`, which looks at files of the folder.
+  absl::Status AwaitFile(const std::function<bool()>& wanted, const std::string& what);
   std::string Log() const;
 
  private:
-  absl::Status AwaitFile(const std::function<bool()>& wanted, const std::string& what);
-
   const std::string folder_;
   const std::string log_file_;
   const std::string port_file_;

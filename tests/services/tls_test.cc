@@ -2,8 +2,11 @@
 // listens beyond loopback unless told to. Method: certificates made by the openssl command (a
 // dependency of Debian's ca-certificates), real processes.
 
+#include <signal.h>
+
 #include <cstdlib>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
@@ -94,6 +97,83 @@ TEST(Tls, AClusterSpeaksMutualTlsAndNothingElse) {
     EXPECT_EQ(AskHealth(MakeChannel(server, foreign)).error_code(), grpc::StatusCode::UNAVAILABLE)
         << "a server of another authority";
   }
+}
+
+// A test that failed leaves no services behind.
+void KillAllOf(const ScopedFolder& state) {
+  for (pid_t pid : RunningWith(state.path())) kill(pid, SIGKILL);
+}
+
+// What `moebius up` prints last: "ready at <address>".
+std::string ReadyAt(const ServiceProcess& up) {
+  const std::string log = up.Log();
+  const size_t at = log.rfind("ready at ") + 9;
+  return log.substr(at, log.find('\n', at) - at);
+}
+
+TEST(Tls, UpStatsAndClientsSpeakItToo) {
+  const ScopedFolder folder, state;
+  const auto cleanup = absl::MakeCleanup([&] { KillAllOf(state); });
+  const ListenOptions ours = MakeIdentity(folder, "ours");
+  // Beyond loopback TLS is enough; the supervisor itself calls an address that the certificate has.
+  ServiceProcess up(folder, "up", "moebius",
+                    std::vector<std::string>{"up", "--model", kTestModel, "--address", "0.0.0.0:0",
+                                             "--state-dir", state.path()} +
+                        Flags(ours));
+  ASSERT_TRUE(up.AwaitLog("ready at ").ok()) << up.Log();
+  const std::string bound = ReadyAt(up);
+  const std::string address = absl::StrCat("127.0.0.1", bound.substr(bound.rfind(':')));
+  EXPECT_EQ(
+      AskHealth(grpc::CreateChannel(address, grpc::InsecureChannelCredentials())).error_code(),
+      grpc::StatusCode::UNAVAILABLE)
+      << "plain text";
+  const std::vector<std::string> at{"--address", address};
+  const auto run = [&](const std::string& name, std::vector<std::string> command, int code) {
+    ServiceProcess process(folder, name, "moebius", command + at);
+    EXPECT_EQ(process.Wait(), code) << name << ": " << process.Log();
+    return process.Log();
+  };
+  const std::vector<std::string> generate{"generate", "--prompt", "x", "--max-tokens", "2"};
+  run("generate", generate + Flags(ours), 0);
+  EXPECT_TRUE(absl::StrContains(run("stats", std::vector<std::string>{"stats"} + Flags(ours), 0),
+                                "\ntokens_out 2\n"));
+  run("plain-generate", generate, 1);
+  run("plain-stats", {"stats"}, 1);
+  for (const char* command : {"stats", "generate"}) {
+    std::vector<std::string> half = {command, "--tls-cert", ours.tls_cert};
+    if (half[0] == "generate") half = half + std::vector<std::string>{"--prompt", "x"};
+    EXPECT_TRUE(absl::StrContains(run("half", half, 1), "go together"));
+  }
+  up.Signal(SIGKILL);
+  EXPECT_EQ(up.Wait(), 128 + SIGKILL);
+  const std::vector<std::string> adopt{"up",         "--adopt",     "--model",
+                                       kTestModel,   "--address",   "0.0.0.0:0",
+                                       "--insecure", "--state-dir", state.path()};
+  ServiceProcess plain(folder, "plain", "moebius", adopt);
+  EXPECT_EQ(plain.Wait(), 1);
+  EXPECT_TRUE(absl::StrContains(plain.Log(), "speaks TLS")) << plain.Log();
+  ServiceProcess next(folder, "next", "moebius", adopt + Flags(ours));
+  ASSERT_TRUE(next.AwaitLog("ready at ").ok()) << next.Log();
+  EXPECT_EQ(ReadyAt(next), bound);
+  next.Signal(SIGTERM);
+  EXPECT_EQ(next.Wait(), 0) << next.Log();
+  EXPECT_EQ(RunningWith(state.path()).size(), 0u);
+}
+
+TEST(Tls, UpBindsBeyondLoopbackOnlyWhenToldTo) {
+  const ScopedFolder folder, state;
+  const auto cleanup = absl::MakeCleanup([&] { KillAllOf(state); });
+  const std::vector<std::string> command{"up",        "--model",     kTestModel,  "--address",
+                                         "0.0.0.0:0", "--state-dir", state.path()};
+  ServiceProcess refused(folder, "refused", "moebius", command);
+  EXPECT_EQ(refused.Wait(), 1);
+  EXPECT_TRUE(absl::StrContains(refused.Log(), "--insecure")) << refused.Log();
+  EXPECT_FALSE(absl::StrContains(refused.Log(), "starting")) << "before anything is started";
+  ServiceProcess up(folder, "up", "moebius", command + std::vector<std::string>{"--insecure"});
+  ASSERT_TRUE(up.AwaitLog("ready at ").ok()) << up.Log();
+  EXPECT_TRUE(absl::StartsWith(ReadyAt(up), "0.0.0.0:")) << up.Log();
+  up.Signal(SIGTERM);
+  EXPECT_EQ(up.Wait(), 0) << up.Log();
 }
 
 TEST(Tls, CredentialsThatCannotBeReadAreNoReasonForPlainText) {
