@@ -28,8 +28,8 @@ struct Shape {
 // A tile of weights (kGroups warpgroups of kSubs times 64 rows each) by tokens, and its stages in
 // shared memory. Two CTAs share a multiprocessor where the kernel is short: one loads while the
 // other ends, be it one of the stream's next kernel, and clusters find room.
-template <int kTokensOfTile, int kGroupsOfTile, int kSubsOfTile, bool kTransposedWeights,
-          int kCtasOfMultiprocessor>
+template <int kTokensOfTile, int kGroupsOfTile, int kSubsOfTile, int kCtasOfMultiprocessor,
+          bool kTransposedWeights, bool kBulkOutput>
 struct Tile {
   static constexpr int kTokens = kTokensOfTile;
   static constexpr int kGroups = kGroupsOfTile;
@@ -40,9 +40,9 @@ struct Tile {
   static constexpr int kWeightBytes = kRows * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokens * 128;
   static constexpr int kThreads = 128 * kGroups;  // and a warp that loads
-  // Many outputs at once go through shared memory to the copy engine.
-  static constexpr bool kBulk = kRows > 64 && kTokens >= 32;
-  static constexpr int kPieces = kCtas == 1 ? 4 : 2;
+  // Many outputs at once may go through shared memory to the copy engine.
+  static constexpr bool kBulk = kBulkOutput && kTokens >= 32;
+  static constexpr int kPieces = 4;
   // Segments of small tiles are sent, those of others fetched (merge.cuh).
   static constexpr bool kSend = kRows == 64;
   static constexpr int kOutBytes = kBulk   ? kGroups * kPieces * kPieceBytes
@@ -228,11 +228,11 @@ __global__ void __launch_bounds__(T::kThreads + 32, T::kCtas)
           uint8_t* const pieces = outgoing + group * T::kPieces * kPieceBytes;
           const int column0 = place.head * static_cast<int>(shape.out.head_stride) + row0;
           if (shape.out.f32) {
-            StoreSumsInBulk<T::kTokens, T::kSubs, T::kPieces, true>(
-                &out, shape.out.policy, pieces, 2 + group, column0, place.token0, sums);
+            StoreSumsInBulk<T::kTokens, T::kSubs, T::kPieces, true>(&out, pieces, 2 + group,
+                                                                    column0, place.token0, sums);
           } else {
-            StoreSumsInBulk<T::kTokens, T::kSubs, T::kPieces, false>(
-                &out, shape.out.policy, pieces, 2 + group, column0, place.token0, sums);
+            StoreSumsInBulk<T::kTokens, T::kSubs, T::kPieces, false>(&out, pieces, 2 + group,
+                                                                     column0, place.token0, sums);
           }
           continue;
         }
@@ -299,7 +299,6 @@ absl::Status Launch(const Bf16LinearParams& p, int segments, cudaStream_t stream
                aligned && p.out_stride % 4 == 0 && p.out_head_stride % 4 == 0,
                T::kBulk && segments == 1 && aligned && p.out_stride % (f32 ? 4 : 8) == 0 &&
                    (p.heads == 1 || p.n % 64 == 0),
-               kEvictNormal,
                static_cast<int>(p.m),
                static_cast<int>(p.n),
                p.out_stride,
@@ -344,18 +343,28 @@ absl::Status Launch(const Bf16LinearParams& p, int segments, cudaStream_t stream
   return ToStatus(cudaLaunchKernelEx(&config, kernel, weights, tokens, out, shape), "Bf16Linear");
 }
 
-template <int kGroups, int kSubs, bool kTransposed, int kCtas>
+// The kinds of tile. What a tile is made of does not reach the bits; the times that chose them are
+// in docs/kernels-cuda.md.
+template <int kTokens>  // a long stream of weights, few rows
+using StreamTile = Tile<kTokens, 2, 2, 1, false, false>;
+template <int kTokens>  // the same, more rows: more stages matter
+using DeepTile = Tile<kTokens, 2, 1, 1, false, false>;
+template <int kTokens>  // few rows of a narrow matrix: more multiprocessors take part
+using SmallTile = Tile<kTokens, 1, 1, 2, false, false>;
+template <int kTokens>  // by head, K-major
+using HeadTile = Tile<kTokens, 2, 1, 1, false, true>;
+template <int kTokens>  // by head, MN-major, short K
+using TransposedTile = Tile<kTokens, 2, 2, 2, true, true>;
+
+template <template <int> typename TileOf, int kMostTokens>
 absl::Status LaunchFor(const Bf16LinearParams& p, int segments, cudaStream_t stream) {
-  if (p.m <= 8) return Launch<Tile<8, kGroups, kSubs, kTransposed, kCtas>>(p, segments, stream);
-  if (p.m <= 16) return Launch<Tile<16, kGroups, kSubs, kTransposed, kCtas>>(p, segments, stream);
-  if (p.m <= (kGroups * kSubs == 1 ? 256 : 32))
-    return Launch<Tile<32, kGroups, kSubs, kTransposed, kCtas>>(p, segments, stream);
-  if constexpr (kGroups * kSubs == 1) {
-    return Launch<Tile<64, kGroups, kSubs, kTransposed, kCtas>>(p, segments, stream);
-  } else {
-    if (p.m <= 64) return Launch<Tile<64, kGroups, kSubs, kTransposed, kCtas>>(p, segments, stream);
-    return Launch<Tile<128, kGroups, kSubs, kTransposed, kCtas>>(p, segments, stream);
-  }
+  if (p.m <= 8) return Launch<TileOf<8>>(p, segments, stream);
+  if (p.m <= 16) return Launch<TileOf<16>>(p, segments, stream);
+  if (p.m <= 32 || kMostTokens == 32) return Launch<TileOf<32>>(p, segments, stream);
+  // (A width beyond the most is not reached, and not compiled.)
+  constexpr int kHalf = std::min(64, kMostTokens);
+  if (p.m <= 64 || kMostTokens == 64) return Launch<TileOf<kHalf>>(p, segments, stream);
+  return Launch<TileOf<kMostTokens>>(p, segments, stream);
 }
 
 absl::Status Validate(const Bf16LinearParams& p) {
@@ -407,12 +416,12 @@ absl::Status LaunchBf16Linear(const Bf16LinearParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(Validate(p));
   const int segments = p.heads == 1 ? Bf16LinearSegments(p.n, p.k) : 1;
-  if (p.weight_transposed) return LaunchFor<2, 1, true, 2>(p, segments, stream);
-  if (p.heads > 1 && p.n <= 128) return LaunchFor<2, 1, false, 2>(p, segments, stream);
-  // Few rows of a narrow matrix: small tiles, so that more multiprocessors load them.
-  const int64_t large_tiles = (p.n + 255) / 256 * ((p.m + 127) / 128) * p.heads;
-  if (large_tiles * segments < 64) return LaunchFor<1, 1, false, 2>(p, segments, stream);
-  return LaunchFor<2, 2, false, 1>(p, segments, stream);
+  if (p.weight_transposed) return LaunchFor<TransposedTile, 64>(p, segments, stream);
+  if (p.heads > 1 && p.n <= 128) return LaunchFor<HeadTile, 128>(p, segments, stream);
+  const int64_t stream_tiles = (p.n + 255) / 256 * ((p.m + 127) / 128) * p.heads;
+  if (stream_tiles * segments < 64) return LaunchFor<SmallTile, 32>(p, segments, stream);
+  if (segments == 1 && p.m > 32 && p.m <= 128) return LaunchFor<DeepTile, 128>(p, segments, stream);
+  return LaunchFor<StreamTile, 128>(p, segments, stream);
 }
 
 }  // namespace moebius::kernels::cuda

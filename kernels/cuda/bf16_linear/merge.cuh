@@ -82,8 +82,10 @@ __device__ __forceinline__ void MergeSegments(const Output& out, const float* ex
   }
 }
 
+// Orders no memory: what a CTA needs to know of the others' is that their barriers exist
+// (BarrierInitFence).
 __device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -105,8 +107,8 @@ template <int kTokens>
 __device__ __forceinline__ int UnitsOfShare(int segments) {
   return kTokens / 8 * 128 / segments;
 }
-// A warpgroup of each CTA takes part; `arrived` has been told to expect the bytes of all segments'
-// shares, and all CTAs of the cluster know that it has.
+// A warpgroup of each CTA takes part. `arrived` expects the bytes of all segments' shares; all CTAs
+// of the cluster have begun.
 template <int kTokens>
 __device__ __forceinline__ void SendShares(float4* received, uint64_t* arrived, int segment,
                                            int segments, const float (&sums)[kTokens / 2]) {

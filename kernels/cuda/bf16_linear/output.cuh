@@ -14,9 +14,8 @@ namespace moebius::kernels::cuda {
 struct Output {
   void* data;
   bool f32;
-  bool vectors;     // rows begin where four elements can be stored at once
-  bool bulk;        // and the copy engine can store them
-  uint64_t policy;  // of L2, for the copy engine
+  bool vectors;  // rows begin where four elements can be stored at once
+  bool bulk;     // and the copy engine can store them
   int m, n;
   int64_t stride, head_stride;  // elements
 };
@@ -70,20 +69,18 @@ __device__ __forceinline__ void StoreSums(const Output& out, int head, int row0,
 
 // Stores of the copy engine: a box from shared memory, swizzled as it was loaded.
 __device__ __forceinline__ void TmaStore2d(const CUtensorMap* map, const void* from, int32_t x,
-                                           int32_t y, uint64_t policy) {
+                                           int32_t y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], "
-      "%4;" ::"l"(map),
-      "r"(SharedAddress(from)), "r"(x), "r"(y), "l"(policy)
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(SharedAddress(from)), "r"(x), "r"(y)
       : "memory");
 }
 __device__ __forceinline__ void BulkCommit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Waits until at most kPending groups of this thread still read shared memory.
-template <int kPending>
+// Waits until this thread's stores have read shared memory.
 __device__ __forceinline__ void BulkWaitRead() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // What a warpgroup hands to the copy engine at a time: 4 KB, 64 rows of the weight by so many
@@ -123,12 +120,11 @@ __device__ __forceinline__ void WritePiece(uint8_t* piece, int warp, const float
 }
 
 // Stores a warpgroup's kSubs times 64 rows from column0 of the map on. `pieces`: kPieces times
-// kPieceBytes, 1024-aligned, used in turn; `barrier`: a named barrier of the warpgroup.
+// kPieceBytes, 1024-aligned, filled together; `barrier`: a named barrier of the warpgroup.
 // FinishBulkStores before the memory goes.
 template <int kTokens, int kSubs, int kPieces, bool kF32>
-__device__ __forceinline__ void StoreSumsInBulk(const CUtensorMap* map, uint64_t policy,
-                                                uint8_t* pieces, int barrier, int column0,
-                                                int token0,
+__device__ __forceinline__ void StoreSumsInBulk(const CUtensorMap* map, uint8_t* pieces,
+                                                int barrier, int column0, int token0,
                                                 const float (&sums)[kSubs][kTokens / 2]) {
   constexpr int kStep = kPieceTokens<kF32>;
   constexpr int kRounds = kSubs * kTokens / kStep;
@@ -137,31 +133,31 @@ __device__ __forceinline__ void StoreSumsInBulk(const CUtensorMap* map, uint64_t
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int sub = round / (kTokens / kStep), first = round % (kTokens / kStep) * kStep;
-    uint8_t* const piece = pieces + round % kPieces * kPieceBytes;
-    if (leader) {
-      if (kRounds % kPieces != 0 && round == 0) {
-        BulkWaitRead<0>();  // the last tile did not end with the last piece
-      } else {
-        BulkWaitRead<kPieces - 1>();
-      }
+    if (round % kPieces == 0) {
+      if (leader) BulkWaitRead();
+      NamedBarrier(barrier, 128);
     }
-    NamedBarrier(barrier, 128);
     float part[kStep / 2];
 #pragma unroll
     for (int i = 0; i < kStep / 2; ++i) part[i] = sums[sub][first / 2 + i];
-    WritePiece(piece, warp, part, std::bool_constant<kF32>());
+    WritePiece(pieces + round % kPieces * kPieceBytes, warp, part, std::bool_constant<kF32>());
+    if (round % kPieces != kPieces - 1 && round != kRounds - 1) continue;
     ProxyFence();
     NamedBarrier(barrier, 128);
-    if (leader) {
-      TmaStore2d(map, piece, column0 + 64 * sub, token0 + first, policy);
-      if constexpr (kF32)
-        TmaStore2d(map, piece + 2048, column0 + 64 * sub + 32, token0 + first, policy);
-      BulkCommit();
+    if (!leader) continue;
+#pragma unroll
+    for (int filled = round / kPieces * kPieces; filled <= round; ++filled) {
+      const uint8_t* const piece = pieces + filled % kPieces * kPieceBytes;
+      const int x = column0 + filled / (kTokens / kStep) * 64;
+      const int y = token0 + filled % (kTokens / kStep) * kStep;
+      TmaStore2d(map, piece, x, y);
+      if constexpr (kF32) TmaStore2d(map, piece + 2048, x + 32, y);
     }
+    BulkCommit();
   }
 }
 __device__ __forceinline__ void FinishBulkStores() {
-  if (threadIdx.x % 128 == 0) BulkWaitRead<0>();
+  if (threadIdx.x % 128 == 0) BulkWaitRead();
 }
 
 }  // namespace moebius::kernels::cuda

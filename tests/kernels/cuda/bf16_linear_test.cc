@@ -127,7 +127,7 @@ class Product {
   static void Launch(const Bf16LinearParams& params) {
     const absl::Status status = LaunchBf16Linear(params, nullptr);
     EXPECT_TRUE(status.ok()) << status.ToString();
-    ExpectCudaOk(cudaDeviceSynchronize(), "Bf16Linear");
+    ExpectCudaOk(cudaStreamSynchronize(nullptr), "Bf16Linear");
   }
 
   Form form_;
@@ -256,7 +256,8 @@ TEST_F(Bf16LinearTest, TheHeadOfTheModelIsOneChainForAnyChunks) {
   Prng random(7);
   const std::vector<Bf16> block = RandomBf16(random, 3'700'003, 0.02f);
   Bf16* weight = nullptr;  // no guards: checking 1.9 GB takes longer than the test
-  ASSERT_CUDA_OK(cudaMalloc(reinterpret_cast<void**>(&weight), kN * kK * sizeof(Bf16)));
+  ASSERT_CUDA_OK(
+      cudaMallocAsync(reinterpret_cast<void**>(&weight), kN * kK * sizeof(Bf16), nullptr));
   for (int64_t at = 0; at < kN * kK; at += static_cast<int64_t>(block.size())) {
     const size_t count = std::min(block.size(), static_cast<size_t>(kN * kK - at));
     ASSERT_CUDA_OK(cudaMemcpy(weight + at, at == 0 ? block.data() : weight, count * sizeof(Bf16),
@@ -294,7 +295,7 @@ TEST_F(Bf16LinearTest, TheHeadOfTheModelIsOneChainForAnyChunks) {
       }
     }
   }
-  cudaFree(weight);
+  cudaFreeAsync(weight, nullptr);
   std::printf("%ld values compared\n", compared);
   EXPECT_GT(compared, 100'000'000);
 }
