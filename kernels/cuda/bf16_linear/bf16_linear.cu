@@ -353,8 +353,8 @@ template <int kTokens>  // few rows of a narrow matrix: more multiprocessors tak
 using SmallTile = Tile<kTokens, 1, 1, 2, false, false>;
 template <int kTokens>  // by head, K-major
 using HeadTile = Tile<kTokens, 2, 1, 1, false, true>;
-template <int kTokens>  // by head, MN-major, short K
-using TransposedTile = Tile<kTokens, 2, 2, 2, true, true>;
+template <int kTokens>  // by head, MN-major, short K: all of it is on its way at once
+using TransposedTile = Tile<kTokens, 2, kTokens <= 32 ? 2 : 1, 2, true, true>;
 
 template <template <int> typename TileOf, int kMostTokens>
 absl::Status LaunchFor(const Bf16LinearParams& p, int segments, cudaStream_t stream) {

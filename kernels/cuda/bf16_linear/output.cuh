@@ -39,7 +39,8 @@ __device__ __forceinline__ void StoreSums(const Output& out, int head, int row0,
     for (int i = 0; i < kTokens / 2; ++i) {
       const int row = row0 + lane / 4 + 8 * (i % 4 / 2);
       const int token = token0 + 8 * (i / 4) + 2 * quad + i % 2;
-      if (row < out.n && token < out.m) base[token * out.stride + row] = sums[i];
+      // Evicted first: among a stream of weights, lines kept for later cost more than they save.
+      if (row < out.n && token < out.m) __stcs(base + token * out.stride + row, sums[i]);
     }
     return;
   }

@@ -209,6 +209,11 @@ TEST_F(Bf16LinearTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
     const int64_t x_stride = form.XStride(), out_stride = form.OutStride();
     const std::vector<Bf16> mine = product.RandomRows(1, 5);
     const std::vector<uint32_t> alone = product.Multiply(mine, 1);
+    {
+      // More memory for the pool would wait for the competing kernel.
+      const DeviceBuffer<Bf16> of_rows(static_cast<size_t>(4096 * x_stride));
+      const DeviceBuffer<float> of_out(static_cast<size_t>(4096 * out_stride));
+    }
     const CompetingKernel competing;
     int64_t compared = 0;
     for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
@@ -301,7 +306,6 @@ TEST_F(Bf16LinearTest, TheHeadOfTheModelIsOneChainForAnyChunks) {
 }
 
 TEST_F(Bf16LinearTest, LaunchesBesideACompetingKernelAgree) {
-  const CompetingKernel competing;
   for (const Form& form : {Form{.n = 256, .k = 7168, .f32 = true}, QueryAbsorb(16),
                            OutputAbsorb(16), Form{.n = 7168, .k = 1024}}) {
     const Product product(form, 8);
@@ -309,6 +313,7 @@ TEST_F(Bf16LinearTest, LaunchesBesideACompetingKernelAgree) {
       const DeviceBuffer<Bf16> x(product.RandomRows(m, 9));
       DeviceBuffer<uint8_t> out(static_cast<size_t>(m * form.OutStride() * (form.f32 ? 4 : 2)));
       const Bf16LinearParams params = product.Params(m, x.get(), out.get());
+      const CompetingKernel competing;
       uint64_t first = 0;
       for (int launch = 0; launch < 10'000; ++launch) {
         ASSERT_STATUS_OK(LaunchBf16Linear(params, nullptr));
