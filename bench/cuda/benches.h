@@ -7,5 +7,6 @@
 namespace moebius::bench {
 
 void BenchFp8Linear(Report& report);
+void BenchMlaAttention(Report& report);
 
 }  // namespace moebius::bench

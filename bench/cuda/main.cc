@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   using namespace moebius::bench;
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
       {"fp8_linear", BenchFp8Linear},
+      {"mla_attention", BenchMlaAttention},
   };
   std::string json, passed, failed, command = "cuda_bench";
   std::vector<std::string> wanted;
