@@ -10,62 +10,17 @@
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/mla_attention/partial.cuh"
 #include "kernels/cuda/mla_attention/schedule.cuh"
+#include "kernels/cuda/mla_attention/segment_end.cuh"
+#include "kernels/cuda/mla_attention/tile.cuh"
 
 namespace moebius::kernels::cuda {
 namespace {
 
-// A tile is 64 rows (heads, or positions of a block) of 576 values: nine boxes of 64 values, each
-// 64 rows of 128 swizzled bytes. The first eight hold the latent, read as keys and as values.
-constexpr int kBoxes = 9;
-constexpr int kBoxBytes = 64 * 128;
-constexpr int kTileBytes = kBoxes * kBoxBytes;
-constexpr int kThreads = 3 * 128;  // two warpgroups that compute, one of which a warp loads
-constexpr int kComputeRegisters = 240, kLoadRegisters = 24;
-
-// Named barriers of the two warpgroups.
-constexpr int kEvenReady = 1;  // probabilities and anchors of an even block are in shared memory
-constexpr int kOddReady = 2;   // the same of an odd one
-constexpr int kEvenFree = 3;   // the probabilities of an even block have been used
-constexpr int kSums = 4;       // sums of a segment are in shared memory
-constexpr int kClear = 5;      // and 6: a warpgroup's own
-
-struct Shared {
-  uint8_t q[kTileBytes];
-  uint8_t kv[2][kTileBytes];  // even and odd blocks of a segment
-  // Probabilities of even blocks; those of odd blocks take the place of their rope keys.
-  uint8_t p[kBoxBytes];
-  float anchor[2][64];
-  float sums[2][2][64];  // by parity of the segment, warpgroup
-  uint64_t full[2][kBoxes];
-  uint64_t empty[2][2];  // boxes 0 .. 3 and 8, boxes 4 .. 7
-  uint64_t q_full, q_empty;
-  MlaShares shares;
-};
-static_assert(sizeof(Shared) <= 232448, "shared memory of a CTA");
-constexpr size_t kQ = offsetof(Shared, q), kP = offsetof(Shared, p);
-constexpr size_t kEven = offsetof(Shared, kv), kOdd = kEven + kTileBytes;
-
-struct Shape {
-  MlaSchedule schedule;
-  int heads, tiles;  // tiles of 64 heads
-  const int32_t* block_tables;
-  int64_t max_blocks;
-  float scale_log2;  // softmax_scale * log2(e)
-  uint16_t* out;
-  float4* chains;    // [CTAs] partial results
-  float4* segments;  // [m, max_segments, tiles] partial results of shared rows
-  int max_segments;
-};
-
-// A warpgroup's accumulators of one half of the output, and how they end.
-using Output = float[128];
-
 // Keeps boxes of both buffers, and the queries, coming.
 __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
-                                     const CUtensorMap& cache, const Shape& shape, int group,
-                                     int tile) {
+                                     const CUtensorMap& cache, const Shape& shape) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  MlaWorkList list(shape.schedule, group, s.shares);
+  MlaWorkList list(shape.schedule, Group(), s.shares);
   MlaWork work;
   uint32_t uses[2] = {0, 0}, works = 0;
   const auto load = [&](int buffer, int first, int last, int32_t block) {
@@ -78,8 +33,8 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
   };
   for (; list.Next(work); ++works) {
     const int blocks = work.at.position / 64 + 1;
-    const int first = work.begin * shape.schedule.segment_blocks;
-    const int end = min(work.end * shape.schedule.segment_blocks, blocks);
+    const int size = shape.schedule.SegmentBlocks(work.at.position);
+    const int first = work.begin * size, end = min(work.end * size, blocks);
     const int32_t* const table = shape.block_tables + work.at.sequence * shape.max_blocks;
     int32_t entries = 0;
     for (int block = first; block < end; ++block) {
@@ -92,7 +47,7 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
 #pragma unroll 1
           for (int box = 0; box < kBoxes; ++box) {
             TmaLoad2d(s.q + box * kBoxBytes, &queries, &s.q_full, box * 64,
-                      work.row * shape.heads + tile * 64, kEvictNormal);
+                      work.row * shape.heads + Tile() * 64, kEvictNormal);
           }
         }
       }
@@ -107,269 +62,52 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
   }
 }
 
-// Descriptors differ in their low words only. A low word that the compiler knows to be the same in
-// all lanes goes to uniform registers, which wgmma reads; else dozens are kept in others.
-__device__ __forceinline__ uint64_t Descriptor(uint32_t low) {
-  return (uint64_t{0x40000000 | (1024 >> 4)} << 32) | low;
-}
-__device__ __forceinline__ uint32_t Uniform(uint32_t low) {
-  return __shfl_sync(~0u, low, 0);
-}
-// Low words for what lies `offset` bytes into shared memory that begins at 16 * base.
-__device__ __forceinline__ uint32_t KMajor(uint32_t base, size_t offset) {
-  return base + static_cast<uint32_t>(offset / 16 + (1 << 16));
-}
-__device__ __forceinline__ uint32_t MnMajor(uint32_t base, size_t offset) {
-  return base + static_cast<uint32_t>(offset / 16 + (kBoxBytes / 16 << 16));
-}
-
-// scores (+)= Q K^T over boxes [first, last], each as soon as it is there.
-__device__ __forceinline__ void Scores(float (&scores)[32], uint32_t q, uint32_t k, uint64_t* full,
-                                       uint32_t parity, int first, int last) {
-  q = Uniform(q);
-  k = Uniform(k);
-#pragma unroll
-  for (int box = first; box <= last; ++box) {
-    BarrierWait(&full[box], parity);
-    WgmmaFence();
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const uint32_t offset = (box * kBoxBytes + 32 * step) / 16;
-      WgmmaInstruction<Bf16Operands, 64>::Shared(scores, Descriptor(q + offset),
-                                                 Descriptor(k + offset), (box | step) != 0);
-    }
-  }
-  WgmmaCommit();
-}
-
-// Clears positions beyond `last` of the block in `tile`, so that nothing there reaches a product.
-__device__ __forceinline__ void ClearBeyond(uint8_t* tile, uint64_t* full, uint32_t parity,
-                                            int last, int barrier) {
-  for (int box = 0; box < kBoxes; ++box) BarrierWait(&full[box], parity);
-  const int chunks = (63 - last) * 8;
-  for (int box = 0; box < kBoxes; ++box) {
-    for (int i = static_cast<int>(threadIdx.x) % 128; i < chunks; i += 128) {
-      *reinterpret_cast<uint4*>(tile + box * kBoxBytes + (last + 1) * 128 + i * 16) =
-          make_uint4(0, 0, 0, 0);
-    }
-  }
-  ProxyFence();
-  NamedBarrier(barrier, 128);
-}
-
-// Scores of a block to probabilities in BF16, as the operand A of four k16; positions beyond `last`
-// weigh exactly 0. `factor` is what sums so far must be multiplied with; state moves on.
-__device__ __forceinline__ void Softmax(float (&scores)[32], uint32_t (&p)[4][4], float scale_log2,
-                                        int last, MlaHeadState& state, float (&factor)[2]) {
-  const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
-  if (last < 63) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      if (8 * (i / 4) + column + i % 2 > last) scores[i] = -INFINITY;
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float most = fmaxf(scores[2 * r], scores[2 * r + 1]);
-#pragma unroll
-    for (int j = 1; j < 8; ++j)
-      most = fmaxf(most, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    const float anchor = fmaxf(state.anchor[r], ceilf(__fmul_rn(most, scale_log2)));
-    factor[r] = Exp2(__fsub_rn(state.anchor[r], anchor));
-    state.anchor[r] = anchor;
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float& a = scores[4 * j + 2 * r];
-      float& b = scores[4 * j + 2 * r + 1];
-      a = Exp2(__fmaf_rn(a, scale_log2, -anchor));
-      b = Exp2(__fmaf_rn(b, scale_log2, -anchor));
-      sum = __fadd_rn(sum, __fadd_rn(a, b));
-    }
-    state.sum[r] = __fmaf_rn(state.sum[r], factor[r], sum);
-  }
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      p[step][i] = PackBf16(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
-  }
-}
-
-// The other warpgroup's copy of the probabilities: a tile of 64 heads x 64 positions.
-__device__ __forceinline__ void StoreProbabilities(uint8_t* to, const uint32_t (&p)[4][4]) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int row = 16 * (thread / 32) + thread % 32 / 4;
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int chunk = 2 * step + i / 2;  // of 8 positions
-      const int r = row + 8 * (i % 2);
-      *reinterpret_cast<uint32_t*>(to + r * 128 + ((chunk ^ (r & 7)) * 16) + 4 * (thread % 4)) =
-          p[step][i];
-    }
-  }
-}
-
-// Multiplies by factors; where all rows of a warp have 1 there is nothing to do.
-__device__ __forceinline__ void Rescale(Output& o, const float (&factor)[2]) {
-  if (!__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) return;
-#pragma unroll
-  for (int i = 0; i < 128; ++i) o[i] = __fmul_rn(o[i], factor[(i % 4) / 2]);
-}
-
-// o += P V: P from registers, or from the other warpgroup through shared memory.
-__device__ __forceinline__ void AddValues(Output& o, const uint32_t (&p)[4][4], uint32_t v,
-                                          bool accumulate) {
-  v = Uniform(v);
-  WgmmaFence();
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    WgmmaInstruction<Bf16Operands, 256>::RegistersTransposedB(
-        o, p[step], Descriptor(v + 2048 / 16 * step), step > 0 || accumulate);
-  }
-  WgmmaCommit();
-}
-__device__ __forceinline__ void AddValues(Output& o, uint32_t p, uint32_t v, bool accumulate) {
-  p = Uniform(p);
-  v = Uniform(v);
-  WgmmaFence();
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    WgmmaInstruction<Bf16Operands, 256>::SharedTransposedB(
-        o, Descriptor(p + 32 / 16 * step), Descriptor(v + 2048 / 16 * step),
-        step > 0 || accumulate);
-  }
-  WgmmaCommit();
-}
-
-__device__ __forceinline__ void Release(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) BarrierArrive(barrier);
-}
-
-// Takes over the other warpgroup's anchors. `factor`: what sums so far must be multiplied with.
-__device__ __forceinline__ void Follow(const float* anchors, int row, MlaHeadState& state,
-                                       float (&factor)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float anchor = anchors[row + 8 * r];
-    factor[r] = Exp2(__fsub_rn(state.anchor[r], anchor));
-    state.anchor[r] = anchor;
-    state.sum[r] = __fmul_rn(state.sum[r], factor[r]);
-  }
-}
-
-// The end of a segment: sums of both warpgroups, then the chain of segments, or the output.
-__device__ __forceinline__ void EndSegment(Shared& s, const Shape& shape, const MlaWork& work,
-                                           int segment, int parity, int half, int tile, int thread,
-                                           Output& o, MlaHeadState& state) {
-  const int row = 16 * (thread / 32) + thread % 32 / 4;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    state.sum[r] = __fadd_rn(state.sum[r], __shfl_xor_sync(~0u, state.sum[r], 1));
-    state.sum[r] = __fadd_rn(state.sum[r], __shfl_xor_sync(~0u, state.sum[r], 2));
-    if (thread % 4 == 0) s.sums[parity][half][row + 8 * r] = state.sum[r];
-  }
-  NamedBarrier(kSums, 256);
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-    state.sum[r] = __fadd_rn(s.sums[parity][0][row + 8 * r], s.sums[parity][1][row + 8 * r]);
-
-  const auto quad = [&](int i) {
-    return make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
-  };
-  const auto store = [&](float4* to) {
-    StoreState(to, thread, state);
-#pragma unroll
-    for (int i = 0; i < kPartialQuads; ++i) to[i * 128 + thread] = quad(i);
-  };
-  // Addresses made here, not kept in registers through the loops.
-  asm volatile("" : "+r"(thread));
-  if (!work.Whole()) {
-    store(shape.segments +
-          ((int64_t{work.row} * shape.max_segments + segment) * shape.tiles + tile) * 2 *
-              kPartialHalf +
-          half * kPartialHalf);
-    return;
-  }
-  float4* const chain = shape.chains + (int64_t{blockIdx.x} * 2 + half) * kPartialHalf;
-  if (segment > 0) {
-    MlaHeadState before = LoadState(chain, thread);
-    const MlaMergeFactors factors = MergeState(before, state);
-    state = before;
-#pragma unroll
-    for (int i0 = 0; i0 < kPartialQuads; i0 += 8) {
-      float4 a[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = chain[(i0 + i) * 128 + thread];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float4 merged = MergeQuad(factors, a[i], quad(i0 + i));
-        o[4 * (i0 + i)] = merged.x;
-        o[4 * (i0 + i) + 1] = merged.y;
-        o[4 * (i0 + i) + 2] = merged.z;
-        o[4 * (i0 + i) + 3] = merged.w;
-      }
-    }
-  }
-  if (segment < work.segments - 1) {
-    store(chain);
-    return;
-  }
-  const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
-  const MlaOutput out{
-      shape.out + (int64_t{work.row} * shape.heads + tile * 64) * kMlaLatentRank,
-      min(64, shape.heads - tile * 64)};
-#pragma unroll
-  for (int i = 0; i < kPartialQuads; ++i) StoreQuad(out, half, i, thread, quad(i), inverse);
-}
-
-// What both warpgroups go through: every segment of every work, with `Pair(work, segment, blocks)`
-// for its blocks.
+// The blocks of a segment.
 struct Walk {
-  int first_block;  // of the segment
-  int blocks;       // of the segment
-  int last_block;   // of the row's context
-  int last;         // its last position
+  int first_block;
+  int blocks;
+  int last_block;  // of the row's context
+  int last;        // its last position
+  // The last position of a block of the segment that the row sees.
+  __device__ int LastOf(int block) const { return first_block + block == last_block ? last : 63; }
 };
 __device__ __forceinline__ Walk WalkSegment(const Shape& shape, const MlaWork& work, int segment) {
   Walk w;
   w.last_block = work.at.position / 64;
   w.last = work.at.position % 64;
-  w.first_block = segment * shape.schedule.segment_blocks;
-  w.blocks = min(shape.schedule.segment_blocks, w.last_block + 1 - w.first_block);
+  const int size = shape.schedule.SegmentBlocks(work.at.position);
+  w.first_block = segment * size;
+  w.blocks = min(size, w.last_block + 1 - w.first_block);
   return w;
 }
 
 // Even blocks and columns 0 .. 255.
-__device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape, int group, int tile) {
+__device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
   const uint32_t base = SharedAddress(&s) / 16;
-  MlaWorkList list(shape.schedule, group, s.shares);
+  MlaWorkList list(shape.schedule, Group(), s.shares);
   MlaWork work;
   uint32_t pairs = 0, works = 0, segments = 0;
   for (; list.Next(work); ++works) {
     BarrierWait(&s.q_full, works % 2);
-    for (int segment = work.begin; segment < work.end; ++segment, ++segments) {
-      const Walk walk = WalkSegment(shape, work, segment);
+    Walk walk = WalkSegment(shape, work, work.begin);
+    float scores[32];
+    const auto first_scores = [&] {
+      if (walk.LastOf(0) < 63) ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
+      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 8);
+    };
+    first_scores();
+    WgmmaWait<0>();
+    KeepRegisters(scores);
+    if (walk.blocks > 1) NamedBarrierArrive(kScored, 256);
+    for (int segment = work.begin;; ++segment, ++segments) {
       Output o;
       MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-      float scores[32], factor[2];
-      const auto last_of = [&](int block) {
-        return walk.first_block + block == walk.last_block ? walk.last : 63;
-      };
-      if (last_of(0) < 63) ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
-      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 8);
-      WgmmaWait<0>();
-      KeepRegisters(scores);
+      float factor[2];
       for (int block = 0;; block += 2) {
         uint32_t p[4][4];
-        Softmax(scores, p, shape.scale_log2, last_of(block), state, factor);
+        Softmax(scores, p, shape.scale_log2, walk.LastOf(block), state, factor);
         if (pairs > 0) NamedBarrier(kEvenFree, 256);
         ++pairs;
         StoreProbabilities(s.p, p);
@@ -396,30 +134,44 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape, int g
           break;
         }
         // The next scores right behind these values.
-        if (last_of(block + 2) < 63) {
+        if (walk.LastOf(block + 2) < 63) {
           ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
         }
         Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 0);
         WgmmaWait<1>();
         Release(&s.empty[1][0]);
-        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 1, 8);
+        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 1, 7);
+        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 8, 8);
+        WgmmaWait<1>();
+        if (block + 3 < walk.blocks) NamedBarrierArrive(kScored, 256);
         WgmmaWait<0>();
         KeepRegisters(scores);
         KeepRegisters(o);
       }
-      if (segment == work.end - 1) Release(&s.q_empty);
-      EndSegment(s, shape, work, segment, segments % 2, 0, tile, thread, o, state);
+      AddSums(s, segments % 2, 0, row, state);
+      if (segment + 1 == work.end) {
+        Release(&s.q_empty);
+        EndWork(shape, work, segment, 0, o, state);
+        ++segments;
+        break;
+      }
+      walk = WalkSegment(shape, work, segment + 1);
+      first_scores();  // while this segment goes to memory
+      KeepSegment(shape, work, segment, 0, o, state);
+      WgmmaWait<0>();
+      KeepRegisters(scores);
+      if (walk.blocks > 1) NamedBarrierArrive(kScored, 256);
     }
   }
   if (pairs > 0) NamedBarrier(kEvenFree, 256);
 }
 
 // Odd blocks and columns 256 .. 511.
-__device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape, int group, int tile) {
+__device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
   const uint32_t base = SharedAddress(&s) / 16;
-  MlaWorkList list(shape.schedule, group, s.shares);
+  MlaWorkList list(shape.schedule, Group(), s.shares);
   MlaWork work;
   uint32_t odds = 0, works = 0, segments = 0;
   for (; list.Next(work); ++works) {
@@ -432,15 +184,22 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape, int gr
       float factor[2];
       for (; block + 1 < walk.blocks; block += 2, ++odds) {
         float scores[32];
-        const int last = walk.first_block + block + 1 == walk.last_block ? walk.last : 63;
+        const int last = walk.LastOf(block + 1);
         if (last < 63) ClearBeyond(s.kv[1], s.full[1], odds % 2, last, kClear + 1);
+        // The tensor cores take turns: these scores while the even block's probabilities are made.
+        NamedBarrier(kScored, 256);
         Scores(scores, KMajor(base, kQ), KMajor(base, kOdd), s.full[1], odds % 2, 0, 8);
-        WgmmaWait<0>();
-        KeepRegisters(scores);
         NamedBarrier(kEvenReady, 256);
         Follow(s.anchor[0], row, state, factor);
-        if (block > 0) Rescale(o, factor);
+        if (block > 0 && NeedsRescale(factor)) {
+          WgmmaWait<0>();  // accumulators are touched only when nothing is in flight
+          KeepRegisters(scores);
+          KeepRegisters(o);
+          Multiply(o, factor);
+        }
         AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
+        WgmmaWait<1>();
+        KeepRegisters(scores);
         uint32_t p[4][4];
         Softmax(scores, p, shape.scale_log2, last, state, factor);
         NamedBarrier(kClear + 1, 128);  // all have read the rope keys
@@ -471,20 +230,24 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape, int gr
         Release(&s.empty[0][1]);
         NamedBarrierArrive(kEvenFree, 256);
       }
-      if (segment == work.end - 1) Release(&s.q_empty);
-      EndSegment(s, shape, work, segment, segments % 2, 1, tile, thread, o, state);
+      AddSums(s, segments % 2, 1, row, state);
+      if (segment + 1 == work.end) {
+        Release(&s.q_empty);
+        EndWork(shape, work, segment, 1, o, state);
+      } else {
+        KeepSegment(shape, work, segment, 1, o, state);
+      }
     }
   }
 }
 
+// One CTA for each 64 heads of a group.
 __global__ void __launch_bounds__(kThreads, 1)
     MlaAttention(const __grid_constant__ CUtensorMap queries,
                  const __grid_constant__ CUtensorMap cache, const __grid_constant__ Shape shape) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int group = static_cast<int>(blockIdx.x) / shape.tiles;
-  const int tile = static_cast<int>(blockIdx.x) % shape.tiles;
   if (threadIdx.x == 0) {
     if (SharedAddress(s.q) % 1024 != 0) __trap();
     for (int buffer = 0; buffer < 2; ++buffer) {
@@ -497,62 +260,68 @@ __global__ void __launch_bounds__(kThreads, 1)
     PrefetchTensorMap(&queries);
     PrefetchTensorMap(&cache);
   }
-  // MergeSegments may take over multiprocessors as they become free.
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  WaitForKernelBefore();
+  LetNextKernelStart();  // it finds room as our CTAs end, and waits for them
   if (shape.schedule.split) MakeShares(shape.schedule, s.shares);
   __syncthreads();
   if (warp >= 8) {
     RegistersDown<kLoadRegisters>();
-    if (warp == 8) Load(s, queries, cache, shape, group, tile);
+    if (warp == 8) Load(s, queries, cache, shape);
   } else {
     RegistersUp<kComputeRegisters>();
     if (warp < 4) {
-      ComputeEven(s, shape, group, tile);
+      ComputeEven(s, shape);
     } else {
-      ComputeOdd(s, shape, group, tile);
+      ComputeOdd(s, shape);
     }
   }
 }
 
-constexpr int kMergeQuads = 2;     // of a thread
 constexpr int kMergeCtas = 132 * 4;
 
 // Merges the segments of rows that several groups shared.
-__global__ void __launch_bounds__(kMaxSplitRows) MergeSegments(const __grid_constant__ Shape shape) {
+__global__ void __launch_bounds__(kMaxSplitRows)
+    MergeSegments(const __grid_constant__ Shape shape) {
   __shared__ MlaShares shares;
-  MakeShares(shape.schedule, shares);
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // MlaAttention is done, its results visible
-  const int half = static_cast<int>(threadIdx.x) / 128, thread = static_cast<int>(threadIdx.x) % 128;
-  constexpr int kChunks = kPartialQuads / kMergeQuads;
-  const int items = shape.schedule.m * shape.tiles * kChunks;
+  MakeShares(shape.schedule, shares);  // from what MlaAttention too has waited for
+  WaitForKernelBefore();
+  LetNextKernelStart();
+  const int half = static_cast<int>(threadIdx.x) / 128,
+            thread = static_cast<int>(threadIdx.x) % 128;
+  const int items = shape.schedule.m * shape.tiles * kPartialQuads;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
-    const int quad0 = item % kChunks * kMergeQuads;
-    const int tile = item / kChunks % shape.tiles, row = item / kChunks / shape.tiles;
+    const int quad = item % kPartialQuads;
+    const int tile = item / kPartialQuads % shape.tiles;
+    const int row = item / kPartialQuads / shape.tiles;
     if (!IsShared(shape.schedule, shares, row)) continue;
-    const int segments = (shares.first_block[row + 1] - shares.first_block[row] +
-                          shape.schedule.segment_blocks - 1) /
-                         shape.schedule.segment_blocks;
+    const int size = shape.schedule.SegmentBlocks(shape.schedule.rows[row].position);
+    const int segments = (shares.first_block[row + 1] - shares.first_block[row] + size - 1) / size;
     const int64_t stride = shape.tiles * 2 * kPartialHalf;
-    const float4* from = shape.segments + int64_t{row} * shape.max_segments * stride +
-                         (tile * 2 + half) * kPartialHalf;
+    const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
+                               (tile * 2 + half) * kPartialHalf;
     MlaHeadState state = LoadState(from, thread);
-    float4 a[kMergeQuads];
+    float4 a = from[quad * 128 + thread];
+    constexpr int kBatch = 8;  // loads in flight
+    for (int segment = 1; segment < segments; segment += kBatch) {
+      MlaHeadState next_state[kBatch];
+      float4 next[kBatch];
 #pragma unroll
-    for (int i = 0; i < kMergeQuads; ++i) a[i] = from[(quad0 + i) * 128 + thread];
-#pragma unroll 4
-    for (int segment = 1; segment < segments; ++segment) {
-      from += stride;
-      const MlaMergeFactors factors = MergeState(state, LoadState(from, thread));
+      for (int i = 0; i < kBatch; ++i) {
+        if (segment + i >= segments) break;
+        next_state[i] = LoadState(from + (segment + i) * stride, thread);
+        next[i] = from[(segment + i) * stride + quad * 128 + thread];
+      }
 #pragma unroll
-      for (int i = 0; i < kMergeQuads; ++i)
-        a[i] = MergeQuad(factors, a[i], from[(quad0 + i) * 128 + thread]);
+      for (int i = 0; i < kBatch; ++i) {
+        if (segment + i >= segments) break;
+        const MlaMergeFactors factors = MergeState(state, next_state[i]);
+        a = MergeQuad(factors, a, next[i]);
+      }
     }
     const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
     const MlaOutput out{shape.out + (int64_t{row} * shape.heads + tile * 64) * kMlaLatentRank,
                         min(64, shape.heads - tile * 64)};
-#pragma unroll
-    for (int i = 0; i < kMergeQuads; ++i)
-      StoreQuad(out, half, quad0 + i, thread, a[i], inverse);
+    StoreQuad(out, half, quad, thread, a, inverse);
   }
 }
 
@@ -569,7 +338,12 @@ Plan MakePlan(int64_t m, int64_t num_heads, int64_t max_context, int64_t segment
   Plan plan;
   plan.tiles = static_cast<int>((num_heads + 63) / 64);
   plan.groups = MultiprocessorCount() / plan.tiles;
-  plan.max_segments = static_cast<int>((max_context + segment_tokens - 1) / segment_tokens);
+  const auto segments = [&](int64_t context) {
+    const int64_t size =
+        segment_tokens > 0 ? segment_tokens : MlaSegmentTokens(num_heads, context - 1);
+    return static_cast<int>((context + size - 1) / size);
+  };
+  plan.max_segments = segments(max_context);  // more than of any shorter one
   const int64_t partials = m * plan.max_segments * plan.tiles * kPartialBytes;
   plan.split = m <= kMaxSplitRows && partials <= kMostPartialBytes;
   plan.workspace_bytes = plan.groups * plan.tiles * kPartialBytes + (plan.split ? partials : 0);
@@ -586,7 +360,7 @@ absl::Status Validate(const MlaAttentionCoreParams& p, int64_t segment_tokens) {
   if (p.num_blocks < 1 || p.num_blocks > kMost) return bad("num_blocks", p.num_blocks);
   if (p.max_context < 1 || p.max_context > kMost) return bad("max_context", p.max_context);
   if (p.max_blocks * 64 < p.max_context) return bad("max_blocks", p.max_blocks);
-  if (segment_tokens < 128 || segment_tokens % 128 != 0 || segment_tokens > kMost)
+  if (segment_tokens < 0 || segment_tokens % 128 != 0 || segment_tokens > kMost)
     return bad("segment_tokens", segment_tokens);
   if (!(p.softmax_scale > 0) || p.softmax_scale > 1e30f) {
     return absl::InvalidArgumentError(
@@ -618,7 +392,7 @@ int64_t MlaAttentionWorkspaceBytesWithSegments(int64_t m, int64_t num_heads, int
 }
 
 int64_t MlaAttentionWorkspaceBytes(int64_t m, int64_t num_heads, int64_t max_context) {
-  return MlaAttentionWorkspaceBytesWithSegments(m, num_heads, max_context, kMlaSegmentTokens);
+  return MlaAttentionWorkspaceBytesWithSegments(m, num_heads, max_context, 0);
 }
 
 absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int64_t segment_tokens,
@@ -644,8 +418,12 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   ASSIGN_OR_RETURN(const CUtensorMap cache, EncodeMatrixMap(map));
 
   Shape shape;
-  shape.schedule = {static_cast<int>(p.m), plan.groups, static_cast<int>(segment_tokens / 64),
-                    plan.split, p.rows};
+  shape.schedule = {static_cast<int>(p.m),
+                    plan.groups,
+                    static_cast<int>(p.num_heads),
+                    static_cast<int>(segment_tokens / 64),
+                    plan.split,
+                    p.rows};
   shape.heads = static_cast<int>(p.num_heads);
   shape.tiles = plan.tiles;
   shape.block_tables = p.block_tables;
@@ -656,29 +434,35 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   shape.segments = shape.chains + plan.groups * plan.tiles * 2 * kPartialHalf;
   shape.max_segments = plan.max_segments;
 
-  RETURN_IF_ERROR(ToStatus(
-      cudaFuncSetAttribute(MlaAttention, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(sizeof(Shared))),
-      "MlaAttention"));
-  MlaAttention<<<static_cast<unsigned>(plan.groups * plan.tiles), kThreads, sizeof(Shared),
-                 stream>>>(queries, cache, shape);
-  RETURN_IF_ERROR(LaunchStatus("MlaAttention"));
+  RETURN_IF_ERROR(
+      ToStatus(cudaFuncSetAttribute(MlaAttention, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(sizeof(Shared))),
+               "MlaAttention"));
+  const auto launch = [&](auto kernel, dim3 grid, int threads, size_t shared_bytes,
+                          const char* name, auto... arguments) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;  // both kernels wait themselves
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return ToStatus(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  };
+  RETURN_IF_ERROR(launch(
+      MlaAttention, dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups)),
+      kThreads, sizeof(Shared), "MlaAttention", queries, cache, shape));
   if (!plan.split || plan.max_segments == 1) return absl::OkStatus();
-  const int64_t items = p.m * plan.tiles * (kPartialQuads / kMergeQuads);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(items, kMergeCtas)));
-  config.blockDim = dim3(kMaxSplitRows);
-  config.stream = stream;
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, MergeSegments, shape), "MergeSegments");
+  const int64_t items = p.m * plan.tiles * kPartialQuads;
+  return launch(MergeSegments, dim3(static_cast<unsigned>(std::min<int64_t>(items, kMergeCtas))),
+                kMaxSplitRows, 0, "MergeSegments", shape);
 }
 
 absl::Status LaunchMlaAttention(const MlaAttentionCoreParams& params, cudaStream_t stream) {
-  return LaunchMlaAttentionWithSegments(params, kMlaSegmentTokens, stream);
+  return LaunchMlaAttentionWithSegments(params, 0, stream);
 }
 
 }  // namespace moebius::kernels::cuda

@@ -1,9 +1,9 @@
 #pragma once
 
-// What is known of 64 heads of a row after some of its segments: for each head the anchor M, the sum
-// L of 2^(score - M) and the unnormalised output A [512]. A warpgroup of 128 threads holds one half
-// of the columns as the accumulator of m64n256 (kernels/cuda/device/wgmma.cuh): thread t has rows
-// r = 16 (t / 32) + t % 32 / 4 and r + 8.
+// What is known of 64 heads of a row after some of its segments: for each head the anchor M, the
+// sum L of 2^(score - M) and the unnormalised output A [512]. A warpgroup of 128 threads holds one
+// half of the columns as the accumulator of m64n256 (kernels/cuda/device/wgmma.cuh): thread t has
+// rows r = 16 (t / 32) + t % 32 / 4 and r + 8.
 
 #include <cstdint>
 

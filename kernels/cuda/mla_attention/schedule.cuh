@@ -1,8 +1,8 @@
 #pragma once
 
 // Who computes which segments of which rows. A group of CTAs (one for each 64 heads) takes whole
-// rows, or, when there are few, a contiguous run of segments over all rows. Nothing here reaches the
-// bits of a result.
+// rows, or, when there are few, a contiguous run of segments over all rows. Nothing here reaches
+// the bits of a result.
 
 #include <cstdint>
 
@@ -16,9 +16,14 @@ inline constexpr int kMaxSplitRows = 256;
 struct MlaSchedule {
   int m;
   int groups;
-  int segment_blocks;
-  bool split;  // rows may be shared among groups; m <= kMaxSplitRows
+  int heads;
+  int segment_blocks;  // 0: MlaSegmentTokens
+  bool split;          // rows may be shared among groups; m <= kMaxSplitRows
   const MlaRow* rows;
+
+  __device__ int SegmentBlocks(int position) const {
+    return segment_blocks > 0 ? segment_blocks : MlaSegmentTokens(heads, position) / 64;
+  }
 };
 
 // Segments [begin, end) of a row that has `segments`.
@@ -57,8 +62,8 @@ __device__ __forceinline__ void MakeShares(const MlaSchedule& schedule, MlaShare
     if (t == 0) shares.first_block[0] = 0;
     if (t == schedule.m - 1) {
       const int share = (sum + schedule.groups - 1) / schedule.groups;
-      const int whole = schedule.segment_blocks;
-      shares.share = share >= whole ? (share + whole - 1) / whole * whole : share;
+      constexpr int kWhole = kMlaLongSegmentTokens / 64;
+      shares.share = share >= kWhole ? (share + kWhole - 1) / kWhole * kWhole : share;
     }
   }
   __syncthreads();
@@ -82,10 +87,10 @@ class MlaWorkList {
   }
 
   __device__ __forceinline__ bool Next(MlaWork& work) {
-    const int size = schedule_.segment_blocks;
     while (row_ < schedule_.m) {
       work.row = row_;
       work.at = schedule_.rows[row_];
+      const int size = schedule_.SegmentBlocks(work.at.position);
       work.segments = (work.at.position / 64 + size) / size;
       work.begin = 0;
       work.end = work.segments;
@@ -113,7 +118,7 @@ class MlaWorkList {
 // Whether the segments of a row were computed by more than one group.
 __device__ __forceinline__ bool IsShared(const MlaSchedule& schedule, const MlaShares& shares,
                                          int row) {
-  const int size = schedule.segment_blocks;
+  const int size = schedule.SegmentBlocks(schedule.rows[row].position);
   const int first = shares.first_block[row], blocks = shares.first_block[row + 1] - first;
   const int last = first + (blocks - 1) / size * size;
   return first / shares.share != last / shares.share;
