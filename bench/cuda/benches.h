@@ -8,5 +8,6 @@ namespace moebius::bench {
 
 void BenchBf16Linear(Report& report);
 void BenchFp8Linear(Report& report);
+void BenchMlaAttention(Report& report);
 
 }  // namespace moebius::bench

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
       {"bf16_linear", BenchBf16Linear},
       {"fp8_linear", BenchFp8Linear},
+      {"mla_attention", BenchMlaAttention},
   };
   std::string json, passed, failed, command = "cuda_bench";
   std::vector<std::string> wanted;
