@@ -34,7 +34,7 @@ struct Args {
 constexpr int kWeightBytes = 2 * kTileColumns * kTileK;
 constexpr int kRowBytes = kTileRows * kTileK;
 constexpr int kStageBytes = kWeightBytes + kRowBytes;
-constexpr int kStageScales = kTileRows + 2;  // of rows; of the two weight blocks
+constexpr int kStageScales = 2 * kTileRows;  // scale of row * scale of weights, for either matrix
 constexpr int kStages = (202 * 1024) / kStageBytes;
 constexpr int kTileEntries = 4;  // tiles announced and not yet taken up by everybody
 constexpr int kThreads = kConsumers + 128;
@@ -51,16 +51,21 @@ struct Shared {
   alignas(1024) uint8_t stages[kStages][kStageBytes];  // weights, then rows; 128-byte swizzled
   alignas(16) uint8_t turn[kTurnBytes];
   alignas(16) float scales[kStages][kStageScales];
-  int32_t source_rows[kTileRows];  // what LoadRows copies; registers would not suffice
   uint64_t full[kStages], empty[kStages];
   uint64_t announced[kTileEntries], taken[kTileEntries];
   ExpertTile tiles[kTileEntries];
   TileList list;
   int32_t last;
 };
-static_assert(sizeof(Shared) + 1024 <= 227 * 1024, "a CTA has 227 KB of shared memory");
+static_assert(sizeof(Shared) <= 227 * 1024, "a CTA has 227 KB of shared memory");
 
 __device__ __forceinline__ int Blocks(int size) { return (size + kTileK - 1) / kTileK; }
+
+// Of unsigned factors: one instruction.
+__device__ __forceinline__ uint64_t ElementOffset(int row, int width, int column) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(width) +
+         static_cast<uint32_t>(column);
+}
 
 // Position in the ring of stages. Every role walks the same sequence of K blocks.
 struct StageCursor {
@@ -81,7 +86,7 @@ class TileReader {
     BarrierWait(&shared.announced[entry], (count_ / kTileEntries) % 2);
     const ExpertTile tile = shared.tiles[entry];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(&shared.taken[entry]);
+    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.taken[entry]);
     ++count_;
     return tile;
   }
@@ -90,17 +95,10 @@ class TileReader {
   uint32_t count_ = 0;
 };
 
-// Copies 4 or 16 bytes asynchronously, zeros if not `present`.
-template <int kBytes>
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool present) {
-  const int bytes = present ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-  }
+// Copies 16 bytes asynchronously, the first `bytes` from memory, zeros after them.
+__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
 }
 // One arrival of this thread at `barrier` once its copies so far have landed.
 __device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
@@ -133,6 +131,7 @@ __device__ __forceinline__ void LoadWeights(const Args& args, Shared& shared) {
         shared.list.row_offsets[tile.expert + 1] - shared.list.row_offsets[tile.expert];
     const uint64_t policy = expert_rows <= kTileRows ? kEvictFirst : kEvictNormal;
     const int blocks = Blocks(down ? args.intermediate : args.hidden);
+#pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
       // The answer is needed when this tile is issued; a later question shares tiles more evenly.
       if (block == max(blocks - 3, 0)) ticket = atomicAdd(args.counters + kCounterTicket, 1);
@@ -165,50 +164,58 @@ __device__ __forceinline__ int SourceRow(const Args& args, bool down, int row) {
   return down || args.row_index == nullptr ? row : args.row_index[row];
 }
 
-// Warp `part` of kRowWarps: gathers the codes of the tile's rows.
+// Warp `part` of kRowWarps: gathers the codes of the tile's rows. Rows of a stage beyond the tile's
+// keep what was there: their columns of the product are not stored, and no other sees them.
 __device__ __forceinline__ void LoadRows(const Args& args, Shared& shared, int part) {
   constexpr int kAtOnce = kRowWarps * 32 / 8;  // rows; 8 threads copy one
-  const int thread = part * 32 + static_cast<int>(threadIdx.x) % 32;
-  const int chunk = thread % 8, row_of_thread = thread / 8;
-  const uint32_t place = kWeightBytes + row_of_thread * kTileK + (chunk ^ row_of_thread % 8) * 16;
   StageCursor cursor;
   TileReader reader;
   for (;;) {
     const ExpertTile tile = reader.Next(shared);
     if (tile.kind == TileKind::kStop) return;
+    const int thread = part * 32 + ThreadRead() % 32;
+    const int chunk = thread % 8, row_of_thread = thread / 8;
+    const uint32_t place = kWeightBytes + row_of_thread * kTileK + (chunk ^ row_of_thread % 8) * 16;
     const bool down = tile.kind == TileKind::kDown;
     if (down) WaitForRows(args, tile);
     const int width = down ? args.intermediate : args.hidden;
-    const uint8_t* const codes = down ? args.inner_codes : args.x_codes;
-    __syncwarp();
-    // Each warp keeps the rows that it copies itself.
-    for (int i = thread % 32; i < kTileRows / kRowWarps; i += 32) {
-      const int row = i / 4 * kAtOnce + part * 4 + i % 4;
-      shared.source_rows[row] = row < tile.rows ? SourceRow(args, down, tile.row + row) : -1;
+    const uint8_t* codes = (down ? args.inner_codes : args.x_codes) + chunk * 16;
+    const int copies = (tile.rows - row_of_thread + kAtOnce - 1) / kAtOnce;
+    uint32_t offset[kTileRows / kAtOnce];  // in 16 bytes
+#pragma unroll
+    for (int i = 0; i < kTileRows / kAtOnce; ++i) {
+      const int row = tile.row + min(row_of_thread + i * kAtOnce, tile.rows - 1);
+      offset[i] =
+          static_cast<uint32_t>(SourceRow(args, down, row)) * static_cast<uint32_t>(width / 16);
     }
-    __syncwarp();
-    for (int column = chunk * 16; column - chunk * 16 < width; column += kTileK) {
+#pragma unroll 1
+    for (int left = width - chunk * 16; left > -chunk * 16; left -= kTileK) {
       const int s = cursor.stage;
       BarrierWait(&shared.empty[s], cursor.parity ^ 1);
       const uint32_t to = SharedAddress(shared.stages[s]) + place;
-      // Tiles are computed in widths of up to twice their rows: what lies between is zero.
+      const int bytes = left > 0 ? 16 : 0;  // 0: zeros, and the address is not used
 #pragma unroll
       for (int i = 0; i < kTileRows / kAtOnce; ++i) {
-        if (i * kAtOnce >= 2 * tile.rows) break;
-        const int source = shared.source_rows[row_of_thread + i * kAtOnce];
-        const bool present = source >= 0 && column < width;
-        const int64_t offset = present ? static_cast<int64_t>(source) * width + column : 0;
-        CopyAsync<16>(to + i * kAtOnce * kTileK, codes + offset, present);
+        if (i >= copies) break;
+        CopyAsync(to + i * kAtOnce * kTileK, codes + static_cast<uint64_t>(offset[i]) * 16, bytes);
       }
       ArriveAfterCopies(&shared.full[s]);
+      codes += kTileK;
       cursor.Advance();
     }
   }
 }
 
-// One warp: the scales of the tile's rows and of its two weight matrices.
+// Where the scale of a row lies among a stage's: a thread that holds columns 8 j + 2 q and the next
+// of the product (device/wgmma.cuh) finds those of j and j + 1 side by side.
+__device__ __forceinline__ int ScalePlace(int row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
+// One warp: the products of the scales of the tile's rows and of its two weight matrices.
 __device__ __forceinline__ void LoadScales(const Args& args, Shared& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kRows = kTileRows / 32;  // of a lane
+  const int lane = ThreadRead() % 32;
   StageCursor cursor;
   TileReader reader;
   for (;;) {
@@ -218,107 +225,126 @@ __device__ __forceinline__ void LoadScales(const Args& args, Shared& shared) {
     if (down) WaitForRows(args, tile);
     const int blocks = Blocks(down ? args.intermediate : args.hidden);
     const float* const scales = down ? args.inner_scales : args.x_scales;
-    const float* of_row[kTileRows / 32];
+    uint32_t offset[kRows];
 #pragma unroll
-    for (int i = 0; i < kTileRows / 32; ++i) {
-      const int row = lane + 32 * i;
-      of_row[i] =
-          row < tile.rows
-              ? scales + static_cast<int64_t>(SourceRow(args, down, tile.row + row)) * blocks
-              : nullptr;
+    for (int i = 0; i < kRows; ++i) {
+      const int row = tile.row + min(lane + 32 * i, tile.rows - 1);
+      offset[i] = static_cast<uint32_t>(SourceRow(args, down, row)) * static_cast<uint32_t>(blocks);
     }
-    // Lanes 0 and 1: the first and the second matrix. The second of down may lie beyond its end,
-    // where any scale does.
+    // Even lanes read the first matrix', odd ones the second's. The second of down may lie beyond
+    // its end, where any scale does.
     const ExpertEntry& expert = args.experts[tile.expert];
-    const int column_block = tile.column / kTileColumns;
-    const int last_block = Blocks(down ? args.hidden : args.intermediate) - 1;
-    const float* of_weights = down        ? expert.down_scales
-                              : lane == 0 ? expert.gate_scales
-                                          : expert.up_scales;
-    of_weights +=
-        static_cast<int64_t>(min(column_block + (down && lane == 1 ? 1 : 0), last_block)) * blocks;
-    for (int block = 0; block < blocks; ++block) {
+    const int last_column = Blocks(down ? args.hidden : args.intermediate) - 1;
+    const int column = min(tile.column / kTileColumns + (down ? lane % 2 : 0), last_column);
+    const float* const weights = (down            ? expert.down_scales
+                                  : lane % 2 == 0 ? expert.gate_scales
+                                                  : expert.up_scales) +
+                                 static_cast<int64_t>(column) * blocks;
+    const int used = (tile.rows + 31) / 32;
+    // A block ahead, so that the answers come while this warp waits for a stage.
+    float of_row[kRows], of_weights = weights[0];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) of_row[i] = i < used ? scales[offset[i]] : 0.0f;
+#pragma unroll 1
+    for (int block = 1; block <= blocks; ++block) {
+      const float first = __shfl_sync(0xffffffffu, of_weights, 0);
+      const float second = __shfl_sync(0xffffffffu, of_weights, 1);
+      float product[kRows][2];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        product[i][0] = __fmul_rn(of_row[i], first);
+        product[i][1] = __fmul_rn(of_row[i], second);
+      }
+      if (block < blocks) {
+        of_weights = weights[block];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (i < used) of_row[i] = scales[offset[i] + static_cast<uint32_t>(block)];
+        }
+      }
       const int s = cursor.stage;
       BarrierWait(&shared.empty[s], cursor.parity ^ 1);
-      const uint32_t to = SharedAddress(shared.scales[s]);
+      float* const to = shared.scales[s] + ScalePlace(lane);
 #pragma unroll
-      for (int i = 0; i < kTileRows / 32; ++i) {
-        if (i * 32 >= 2 * tile.rows) break;
-        const bool present = of_row[i] != nullptr;
-        CopyAsync<4>(to + (lane + 32 * i) * 4, present ? of_row[i] + block : scales, present);
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= used) continue;
+        to[32 * i] = product[i][0];
+        to[32 * i + kTileRows] = product[i][1];
       }
-      if (lane < 2) CopyAsync<4>(to + (kTileRows + lane) * 4, of_weights + block, true);
-      ArriveAfterCopies(&shared.full[s]);
+      BarrierArrive(&shared.full[s]);
       cursor.Advance();
     }
   }
 }
+
+// Low halves of KMajorDescriptor; 32 bytes of K further is 2 more.
+constexpr uint64_t kDescriptorHigh = 0x40000040ull << 32;
 
 template <int kWidth>
 __device__ __forceinline__ void IssueBlock(float (&part)[kWidth / 2], uint32_t weights,
                                            uint32_t rows) {
 #pragma unroll
   for (int step = 0; step < kTileK / 32; ++step) {
-    WgmmaInstruction<E4m3Operands, kWidth>::Shared(part, KMajorDescriptor(weights + 32 * step),
-                                                   KMajorDescriptor(rows + 32 * step), step != 0);
+    WgmmaInstruction<E4m3Operands, kWidth>::Shared(part, kDescriptorHigh | (weights + 2 * step),
+                                                   kDescriptorHigh | (rows + 2 * step), step != 0);
   }
   WgmmaCommit();
 }
 
-// sum = fma(scale of row * scale of weights, part, sum).
+// sum = fma(scale, part, sum); scales as ScalePlace puts them.
 template <int kWidth>
 __device__ __forceinline__ void AddScaled(float (&sum)[kWidth / 2], const float (&part)[kWidth / 2],
-                                          const float* row_scales, float weight_scale) {
+                                          const float* scales) {
+  const float* const mine = scales + ThreadRead() % 4 * 4;
 #pragma unroll
-  for (int j = 0; j < kWidth / 8; ++j) {
-    const float2 pair =
-        *reinterpret_cast<const float2*>(row_scales + 8 * j + 2 * (threadIdx.x % 4));
-    const float scale[2] = {__fmul_rn(pair.x, weight_scale), __fmul_rn(pair.y, weight_scale)};
+  for (int j = 0; j < kWidth / 8; j += 2) {
+    float scale[4];
+    *reinterpret_cast<float4*>(scale) = *reinterpret_cast<const float4*>(mine + 8 * j);
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-      sum[4 * j + c] = __fmaf_rn(scale[c % 2], part[4 * j + c], sum[4 * j + c]);
+    for (int i = 4 * j; i < 4 * j + 8 && i < kWidth / 2; ++i)
+      sum[i] = __fmaf_rn(scale[(i - 4 * j) / 4 * 2 + i % 2], part[i], sum[i]);
   }
 }
 
-// Both products of a tile for this warpgroup's 64 columns of either matrix.
+// Both products of a tile for this warpgroup's 64 columns of either matrix. `weights` and `rows`:
+// descriptors in the first stage.
 template <int kWidth>
-__device__ __forceinline__ void MultiplyTile(Shared& shared, StageCursor& cursor, int group,
-                                             int blocks, float (&first)[kWidth / 2],
+__device__ __forceinline__ void MultiplyTile(Shared& shared, StageCursor& cursor, uint32_t weights,
+                                             uint32_t rows, int blocks, float (&first)[kWidth / 2],
                                              float (&second)[kWidth / 2]) {
 #pragma unroll
   for (int i = 0; i < kWidth / 2; ++i) first[i] = second[i] = 0.0f;
   for (int block = 0; block < blocks; ++block) {
     const int s = cursor.stage;
+    const uint32_t stage = static_cast<uint32_t>(s) * (kStageBytes / 16);
+    constexpr uint32_t kSecond = kWeightBytes / 2 / 16;
+    const float* const scales = shared.scales[s];
     BarrierWait(&shared.full[s], cursor.parity);
     ProxyFence();  // rows came by ordinary asynchronous copies
-    const uint32_t weights = SharedAddress(shared.stages[s]) + group * 64 * kTileK;
-    const uint32_t rows = SharedAddress(shared.stages[s]) + kWeightBytes;
-    const float* const scales = shared.scales[s];
-    const float scale_first = scales[kTileRows], scale_second = scales[kTileRows + 1];
     float part[kWidth / 2];
     WgmmaFence();
-    IssueBlock<kWidth>(part, weights, rows);
+    IssueBlock<kWidth>(part, weights + stage, rows + stage);
     if constexpr (kWidth <= 64) {
       float other[kWidth / 2];
-      IssueBlock<kWidth>(other, weights + kTileColumns * kTileK, rows);
+      IssueBlock<kWidth>(other, weights + stage + kSecond, rows + stage);
       WgmmaWait<1>();
       KeepRegisters(part);
-      AddScaled<kWidth>(first, part, scales, scale_first);
+      AddScaled<kWidth>(first, part, scales);
       WgmmaWait<0>();
       KeepRegisters(other);
-      AddScaled<kWidth>(second, other, scales, scale_second);
+      AddScaled<kWidth>(second, other, scales + kTileRows);
     } else {
       WgmmaWait<0>();
       KeepRegisters(part);
-      AddScaled<kWidth>(first, part, scales, scale_first);
+      AddScaled<kWidth>(first, part, scales);
       WgmmaFence();
-      IssueBlock<kWidth>(part, weights + kTileColumns * kTileK, rows);
+      IssueBlock<kWidth>(part, weights + stage + kSecond, rows + stage);
       WgmmaWait<0>();
       KeepRegisters(part);
-      AddScaled<kWidth>(second, part, scales, scale_second);
+      AddScaled<kWidth>(second, part, scales + kTileRows);
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(&shared.empty[s]);
+    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.empty[s]);
     cursor.Advance();
   }
 }
@@ -328,14 +354,19 @@ __device__ __forceinline__ void ComputeTile(const Args& args, Shared& shared, St
                                             const ExpertTile& tile) {
   const bool down = tile.kind == TileKind::kDown;
   float first[kWidth / 2], second[kWidth / 2];
-  MultiplyTile<kWidth>(shared, cursor, static_cast<int>(threadIdx.x) / 128,
+  // The same in all lanes, and said so: the descriptors then live in uniform registers.
+  const int group = __shfl_sync(0xffffffffu, ThreadRead() / 128, 0);
+  const uint32_t stage = SharedAddress(shared.stages[0]);
+  MultiplyTile<kWidth>(shared, cursor,
+                       static_cast<uint32_t>(KMajorDescriptor(stage + group * 64 * kTileK)),
+                       static_cast<uint32_t>(KMajorDescriptor(stage + kWeightBytes)),
                        Blocks(down ? args.intermediate : args.hidden), first, second);
   if (down) {
-    const auto store = [&](int column) {
-      return [&args, &tile, column](int row, int lane_of_row, const RowVector& v) {
-        if (row >= tile.rows) return;
-        uint16_t* const out = args.out + static_cast<int64_t>(tile.row + row) * args.hidden;
-        StoreVector<true>(v, out, column + lane_of_row * kVectorElements, args.hidden);
+    const auto store = [&](int first_column) {
+      return [&, first_column](int row, int lane_of_row, const RowVector& v) {
+        const int column = first_column + lane_of_row * kVectorElements;
+        if (row >= tile.rows || column >= args.hidden) return;
+        StoreVector<true>(v, args.out + ElementOffset(tile.row + row, args.hidden, column), 0, 8);
       };
     };
     ForRowsOfTile<kWidth>(first, shared.turn, store(tile.column));
@@ -348,14 +379,17 @@ __device__ __forceinline__ void ComputeTile(const Args& args, Shared& shared, St
     const BlockScale scale = ScaleOfBlock(LargestOfBlock(v), args.power_of_two_scales);
     if (row >= tile.rows) return;
     const int64_t packed = tile.row + row;
-    StoreCodes<true>(CodesOfVector(v, scale), args.inner_codes + packed * args.intermediate,
-                     tile.column + lane_of_row * kVectorElements, args.intermediate);
+    const int column = tile.column + lane_of_row * kVectorElements;
+    if (column >= args.intermediate) return;
+    StoreCodes<true>(CodesOfVector(v, scale),
+                     args.inner_codes + ElementOffset(tile.row + row, args.intermediate, column), 0,
+                     8);
     if (lane_of_row == 0) {
-      args.inner_scales[packed * Blocks(args.intermediate) + tile.column / kTileColumns] =
-          scale.scale;
+      args.inner_scales[ElementOffset(tile.row + row, Blocks(args.intermediate),
+                                      tile.column / kTileColumns)] = scale.scale;
     }
   });
-  if (threadIdx.x == 0) {
+  if (ThreadRead() == 0) {
     __threadfence();  // everybody's stores, which the barrier ordered before this
     atomicAdd(args.counters + kCounterTiles + tile.row_tile, 1);
   }
@@ -373,8 +407,12 @@ __device__ __forceinline__ void Compute(const Args& args, Shared& shared) {
       ComputeTile<16>(args, shared, cursor, tile);
     } else if (tile.rows <= 32) {
       ComputeTile<32>(args, shared, cursor, tile);
+    } else if (tile.rows <= 48) {
+      ComputeTile<48>(args, shared, cursor, tile);
     } else if (tile.rows <= 64) {
       ComputeTile<64>(args, shared, cursor, tile);
+    } else if (tile.rows <= 96) {
+      ComputeTile<96>(args, shared, cursor, tile);
     } else {
       ComputeTile<128>(args, shared, cursor, tile);
     }
@@ -383,12 +421,12 @@ __device__ __forceinline__ void Compute(const Args& args, Shared& shared) {
 
 // Persistent, one CTA a multiprocessor: warpgroups 0 and 1 multiply; the warps of the third load.
 __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const Args args) {
-  extern __shared__ uint8_t unaligned[];
-  Shared& shared =
-      *reinterpret_cast<Shared*>(unaligned + (1024 - SharedAddress(unaligned) % 1024) % 1024);
-  if (threadIdx.x == 0) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+  if (SharedAddress(shared_memory) % 1024 != 0) __trap();  // what swizzling and Shared rely on
+  if (ThreadRead() == 0) {
     for (int s = 0; s < kStages; ++s) {
-      BarrierInit(&shared.full[s], 1 + kRowWarps * 32 + 32);  // the copy engine's and each copier's
+      BarrierInit(&shared.full[s], 1 + kRowWarps * 32 + 32);  // the copy engine's and each loader's
       BarrierInit(&shared.empty[s], kConsumers / 32);
     }
     for (int entry = 0; entry < kTileEntries; ++entry) {
@@ -399,11 +437,11 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const Args args) {
   }
   shared.list.Build(args.row_offsets, args.num_experts, args.rows_max);  // with a barrier
 
-  if (threadIdx.x >= kConsumers) {
+  if (ThreadRead() >= kConsumers) {
     RegistersDown<kLoaderRegisters>();
-    const int warp = (static_cast<int>(threadIdx.x) - kConsumers) / 32;
+    const int warp = (ThreadRead() - kConsumers) / 32;
     if (warp == 0) {
-      if (threadIdx.x % 32 == 0) LoadWeights(args, shared);
+      if (ThreadRead() % 32 == 0) LoadWeights(args, shared);
       __syncwarp();
     } else if (warp <= kRowWarps) {
       LoadRows(args, shared, warp - 1);
@@ -418,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const Args args) {
 
   // The last CTA to get here leaves the counters as the next launch expects them.
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (ThreadRead() == 0) {
     __threadfence();
     const int before = atomicAdd(args.counters + kCounterDone, 1);
     shared.last = before == static_cast<int>(gridDim.x) - 1;
@@ -426,9 +464,9 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const Args args) {
   __syncthreads();
   if (shared.last == 0) return;
   const int row_tiles = shared.list.row_tiles[args.num_experts];
-  for (int i = static_cast<int>(threadIdx.x); i < row_tiles; i += kThreads)
-    args.counters[kCounterTiles + i] = 0;
-  if (threadIdx.x == 0) args.counters[kCounterTicket] = args.counters[kCounterDone] = 0;
+#pragma unroll 1
+  for (int i = ThreadRead(); i < row_tiles; i += kThreads) args.counters[kCounterTiles + i] = 0;
+  if (ThreadRead() == 0) args.counters[kCounterTicket] = args.counters[kCounterDone] = 0;
 }
 
 constexpr char kOp[] = "ExpertFfn";
@@ -469,7 +507,7 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   args.out = reinterpret_cast<uint16_t*>(p.out);
   args.power_of_two_scales = p.power_of_two_scales;
   args.with_down = with_down;
-  constexpr int kBytes = static_cast<int>(sizeof(Shared)) + 1024;
+  constexpr int kBytes = static_cast<int>(sizeof(Shared));
   RETURN_IF_ERROR(ToStatus(
       cudaFuncSetAttribute(ExpertFfn, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kOp));
   ExpertFfn<<<static_cast<unsigned>(MultiprocessorCount()), kThreads, kBytes, stream>>>(args);

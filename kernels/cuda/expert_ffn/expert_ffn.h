@@ -30,9 +30,9 @@ struct GroupedFfnParams {
   int64_t num_experts = 0;               // at most 512
   const int32_t* row_offsets = nullptr;  // [num_experts + 1] ascending from 0: packed rows of
                                          // expert e are [row_offsets[e], row_offsets[e + 1])
-  int64_t rows_max = 0;                // row_offsets[num_experts] is at most this; 0 does nothing
-  const E4m3* x_codes = nullptr;       // [source rows, hidden], 16-aligned
-  const float* x_scales = nullptr;     // [source rows, ceil(hidden / 128)]
+  int64_t rows_max = 0;                  // row_offsets[num_experts] is at most this; 0 does nothing
+  const E4m3* x_codes = nullptr;         // [source rows, hidden], 16-aligned
+  const float* x_scales = nullptr;       // [source rows, ceil(hidden / 128)]
   const int32_t* row_index = nullptr;  // [rows_max] source row of each packed row; nullptr: itself
   bool power_of_two_scales = false;    // of the requantised SwiGLU output
   Bf16* out = nullptr;                 // [rows_max, hidden] in packed order, 16-aligned; not in use

@@ -13,6 +13,14 @@
 
 namespace moebius::kernels::cuda {
 
+// threadIdx.x, read again at every call: what is computed from it then lives only where it is used.
+// Kept over a whole tile it would cost the accumulators their registers.
+__device__ __forceinline__ int ThreadRead() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread & 1023;  // what tells the compiler that it is not negative
+}
+
 enum class TileKind : int32_t { kGateUp, kDown, kStop };
 
 struct ExpertTile {
@@ -31,12 +39,13 @@ struct TileList {
 
   // All threads of the CTA; the first warp scans. Offsets beyond rows_max are cut off.
   __device__ __forceinline__ void Build(const int32_t* offsets, int experts, int rows_max) {
-    for (int e = static_cast<int>(threadIdx.x); e <= experts; e += static_cast<int>(blockDim.x))
+#pragma unroll 1
+    for (int e = ThreadRead(); e <= experts; e += static_cast<int>(blockDim.x))
       row_offsets[e] = min(max(offsets[e], 0), rows_max);
     __syncthreads();
-    if (threadIdx.x < 32) {
-      const int lane = static_cast<int>(threadIdx.x);
+    if (const int lane = ThreadRead(); lane < 32) {
       int before = 0;
+#pragma unroll 1
       for (int base = 0; base < experts; base += 32) {
         const int e = base + lane;
         const int rows = e < experts ? max(row_offsets[e + 1] - row_offsets[e], 0) : 0;

@@ -137,7 +137,7 @@ std::vector<Bf16> RunFfn(const Experts& experts, const Sources& sources,
   params.workspace = &workspace;
   const absl::Status status = LaunchExpertFfn(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "ExpertFfn");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "ExpertFfn");
   return out.Download();
 }
 
