@@ -5,6 +5,7 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/expert_ffn/tile_list.cuh"
@@ -36,6 +37,7 @@ constexpr int kRowBytes = kTileRows * kTileK;
 constexpr int kStageBytes = kWeightBytes + kRowBytes;
 constexpr int kStageScales = 2 * kTileRows;  // scale of row * scale of weights, for either matrix
 constexpr int kStages = (202 * 1024) / kStageBytes;
+constexpr int kScalesAhead = 8;  // blocks whose scales are on their way before they are multiplied
 constexpr int kTileEntries = 4;  // tiles announced and not yet taken up by everybody
 constexpr int kThreads = kConsumers + 128;
 constexpr int kRowWarps = 2;
@@ -51,6 +53,7 @@ struct Shared {
   alignas(1024) uint8_t stages[kStages][kStageBytes];  // weights, then rows; 128-byte swizzled
   alignas(16) uint8_t turn[kTurnBytes];
   alignas(16) float scales[kStages][kStageScales];
+  float raw_scales[kScalesAhead][kTileRows + 2];  // of rows; of the two weight blocks
   uint64_t full[kStages], empty[kStages];
   uint64_t announced[kTileEntries], taken[kTileEntries];
   ExpertTile tiles[kTileEntries];
@@ -98,6 +101,10 @@ class TileReader {
 // Copies 16 bytes asynchronously, the first `bytes` from memory, zeros after them.
 __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void CopyFloatAsync(float* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
                : "memory");
 }
 // One arrival of this thread at `barrier` once its copies so far have landed.
@@ -231,7 +238,7 @@ __device__ __forceinline__ void LoadScales(const Args& args, Shared& shared) {
       const int row = tile.row + min(lane + 32 * i, tile.rows - 1);
       offset[i] = static_cast<uint32_t>(SourceRow(args, down, row)) * static_cast<uint32_t>(blocks);
     }
-    // Even lanes read the first matrix', odd ones the second's. The second of down may lie beyond
+    // Lane 0 reads the first matrix', lane 1 the second's. The second of down may lie beyond
     // its end, where any scale does.
     const ExpertEntry& expert = args.experts[tile.expert];
     const int last_column = Blocks(down ? args.hidden : args.intermediate) - 1;
@@ -241,27 +248,36 @@ __device__ __forceinline__ void LoadScales(const Args& args, Shared& shared) {
                                                   : expert.up_scales) +
                                  static_cast<int64_t>(column) * blocks;
     const int used = (tile.rows + 31) / 32;
-    // A block ahead, so that the answers come while this warp waits for a stage.
-    float of_row[kRows], of_weights = weights[0];
+    // Under load an answer from L2 takes as long as two blocks last.
+    const auto fetch = [&](int block) {
+      if (block < blocks) {
+        float* const to = shared.raw_scales[block % kScalesAhead];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) of_row[i] = i < used ? scales[offset[i]] : 0.0f;
+        for (int i = 0; i < kRows; ++i) {
+          if (i < used)
+            CopyFloatAsync(to + lane + 32 * i, scales + (offset[i] + static_cast<uint32_t>(block)));
+        }
+        if (lane < 2) CopyFloatAsync(to + kTileRows + lane, weights + block);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
 #pragma unroll 1
-    for (int block = 1; block <= blocks; ++block) {
-      const float first = __shfl_sync(0xffffffffu, of_weights, 0);
-      const float second = __shfl_sync(0xffffffffu, of_weights, 1);
+    for (int block = 0; block < kScalesAhead; ++block) fetch(block);
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kScalesAhead - 1) : "memory");
+      __syncwarp();
+      const float* const raw = shared.raw_scales[block % kScalesAhead];
+      const float first = raw[kTileRows], second = raw[kTileRows + 1];
       float product[kRows][2];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        product[i][0] = __fmul_rn(of_row[i], first);
-        product[i][1] = __fmul_rn(of_row[i], second);
+        const float of_row = raw[lane + 32 * i];
+        product[i][0] = __fmul_rn(of_row, first);
+        product[i][1] = __fmul_rn(of_row, second);
       }
-      if (block < blocks) {
-        of_weights = weights[block];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (i < used) of_row[i] = scales[offset[i] + static_cast<uint32_t>(block)];
-        }
-      }
+      __syncwarp();  // everybody has read what is overwritten now
+      fetch(block + kScalesAhead);
       const int s = cursor.stage;
       BarrierWait(&shared.empty[s], cursor.parity ^ 1);
       float* const to = shared.scales[s] + ScalePlace(lane);
@@ -435,6 +451,8 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const Args args) {
     }
     BarrierInitFence();
   }
+  LetNextKernelStart();
+  WaitForPrecedingKernel();
   shared.list.Build(args.row_offsets, args.num_experts, args.rows_max);  // with a barrier
 
   if (ThreadRead() >= kConsumers) {
@@ -510,8 +528,17 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   constexpr int kBytes = static_cast<int>(sizeof(Shared));
   RETURN_IF_ERROR(ToStatus(
       cudaFuncSetAttribute(ExpertFfn, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kOp));
-  ExpertFfn<<<static_cast<unsigned>(MultiprocessorCount()), kThreads, kBytes, stream>>>(args);
-  return LaunchStatus(kOp);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(MultiprocessorCount()));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return ToStatus(cudaLaunchKernelEx(&config, ExpertFfn, args), kOp);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ inline constexpr int kTurnBytes = kTurnRows * kTileColumns * 2;
 inline constexpr int kConsumerBarrier = 1;
 
 __device__ __forceinline__ float SwiGlu(float gate, float up) {
-  return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, Exp(-gate))), up);
+  return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, ExactExp(-gate))), up);
 }
 
 // Rows [kFirst, kFirst + kCount) of ForRowsOfTile.

@@ -115,15 +115,16 @@ ExpertWorkspace WorkspaceFor(const Experts& experts, int64_t rows) {
   return *std::move(workspace);
 }
 
-// Runs on device copies; `capacity` rows of output, poisoned before.
+// Runs on device copies; `capacity` rows of output, poisoned before. Beside a competing kernel it
+// needs a workspace made before: to free one waits for every running kernel.
 std::vector<Bf16> RunFfn(const Experts& experts, const Sources& sources,
                          const std::vector<int64_t>& counts, const std::vector<int32_t>& row_index,
-                         int64_t capacity, bool power_of_two_scales = false) {
+                         int64_t capacity, const ExpertWorkspace& workspace,
+                         bool power_of_two_scales = false) {
   const DeviceBuffer<E4m3> x(sources.codes);
   const DeviceBuffer<float> x_scales(sources.scales);
   const DeviceBuffer<int32_t> offsets(Offsets(counts)), index(row_index);
   const DeviceBuffer<Bf16> out(static_cast<size_t>(capacity * experts.hidden));
-  const ExpertWorkspace workspace = WorkspaceFor(experts, capacity);
   GroupedFfnParams params;
   params.table = experts.table.get();
   params.num_experts = static_cast<int64_t>(counts.size());
@@ -180,8 +181,8 @@ TEST_F(ExpertFfnTest, AgreesWithTheReferenceForAnyCountsAndShapes) {
     const int64_t rows = std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0});
     const Sources sources(rows + 3, c.hidden, 2);
     const std::vector<int32_t> index = RandomIndex(rows, rows + 3, 3);
-    const std::vector<Bf16> out =
-        RunFfn(experts, sources, c.counts, index, rows + 7, c.power_of_two_scales);
+    const std::vector<Bf16> out = RunFfn(experts, sources, c.counts, index, rows + 7,
+                                         WorkspaceFor(experts, rows + 7), c.power_of_two_scales);
     const std::vector<int32_t> offsets = Offsets(c.counts);
     std::vector<float> found, expected;
     for (size_t e = 0; e < c.counts.size(); ++e) {
@@ -210,8 +211,9 @@ TEST_F(ExpertFfnTest, RowsReadThemselvesWithoutAnIndex) {
   const Sources sources(50, 384, 5);
   std::vector<int32_t> identity(50);
   std::iota(identity.begin(), identity.end(), 0);
-  EXPECT_EQ(HashOf(RunFfn(experts, sources, {20, 30}, {}, 50)),
-            HashOf(RunFfn(experts, sources, {20, 30}, identity, 50)));
+  const ExpertWorkspace workspace = WorkspaceFor(experts, 50);
+  EXPECT_EQ(HashOf(RunFfn(experts, sources, {20, 30}, {}, 50, workspace)),
+            HashOf(RunFfn(experts, sources, {20, 30}, identity, 50, workspace)));
 }
 
 // Sources: row 0 is the one that is watched, the others are what may stand beside it.
@@ -253,7 +255,8 @@ TEST_F(ExpertFfnTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
        {std::pair<int64_t, int64_t>{7168, 2048}, {1168, 400}}) {
     const Experts experts(3, hidden, intermediate, 6);
     const Sources sources = WithHostileNeighbours(64, hidden, 7);
-    const std::vector<Bf16> alone = RunFfn(experts, sources, {0, 1, 0}, {0}, 1);
+    const ExpertWorkspace workspace = WorkspaceFor(experts, 4200);
+    const std::vector<Bf16> alone = RunFfn(experts, sources, {0, 1, 0}, {0}, 1, workspace);
     for (const Bf16 value : alone) ASSERT_TRUE(std::isfinite(ToFloat(value)));
     const CompetingKernel competing;
     for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
@@ -264,8 +267,8 @@ TEST_F(ExpertFfnTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
         std::vector<int32_t> index = RandomIndex(rows, 64, 8 + static_cast<uint64_t>(m));
         for (int64_t row = placement; row < m; row += m < 64 ? 1 + placement : 2)
           index[static_cast<size_t>(counts[0] + row)] = 0;
-        compared += CompareWithAlone(RunFfn(experts, sources, counts, index, rows), index,
-                                     counts[0], counts[0] + m, hidden, alone);
+        compared += CompareWithAlone(RunFfn(experts, sources, counts, index, rows, workspace),
+                                     index, counts[0], counts[0] + m, hidden, alone);
       }
     }
   }
@@ -276,7 +279,8 @@ TEST_F(ExpertFfnTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
 TEST_F(ExpertFfnTest, ChunksOfABatchAgree) {
   const Experts experts(1, 7168, 2048, 9);
   const Sources sources = WithHostileNeighbours(630, 7168, 10);
-  const uint64_t whole = HashOf(RunFfn(experts, sources, {630}, {}, 630));
+  const ExpertWorkspace workspace = WorkspaceFor(experts, 630);
+  const uint64_t whole = HashOf(RunFfn(experts, sources, {630}, {}, 630, workspace));
   const CompetingKernel competing;
   for (const int64_t chunk : {16, 63, 512}) {
     std::vector<Bf16> joined;
@@ -284,7 +288,7 @@ TEST_F(ExpertFfnTest, ChunksOfABatchAgree) {
       const int64_t rows = std::min<int64_t>(chunk, 630 - begin);
       std::vector<int32_t> index(static_cast<size_t>(rows));
       std::iota(index.begin(), index.end(), static_cast<int32_t>(begin));
-      const std::vector<Bf16> out = RunFfn(experts, sources, {rows}, index, rows);
+      const std::vector<Bf16> out = RunFfn(experts, sources, {rows}, index, rows, workspace);
       joined.insert(joined.end(), out.begin(), out.end());
     }
     EXPECT_EQ(HashOf(joined), whole) << "chunks of " << chunk;
