@@ -7,6 +7,7 @@
 namespace moebius::bench {
 
 void BenchBf16Linear(Report& report);
+void BenchExpertFfn(Report& report);
 void BenchFp8Linear(Report& report);
 void BenchMlaAttention(Report& report);
 

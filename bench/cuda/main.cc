@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   using namespace moebius::bench;
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
       {"bf16_linear", BenchBf16Linear},
+      {"expert_ffn", BenchExpertFfn},
       {"fp8_linear", BenchFp8Linear},
       {"mla_attention", BenchMlaAttention},
   };
