@@ -7,5 +7,13 @@
 namespace moebius::bench {
 
 void BenchFp8Linear(Report& report);
+void BenchRmsNorm(Report& report);
+void BenchQuantizeRows(Report& report);
+void BenchCombine(Report& report);
+void BenchRopeAndCache(Report& report);
+void BenchSwiGlu(Report& report);
+void BenchResidual(Report& report);
+void BenchEmbedding(Report& report);
+void BenchRowDigest(Report& report);
 
 }  // namespace moebius::bench

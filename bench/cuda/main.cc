@@ -13,7 +13,11 @@
 int main(int argc, char** argv) {
   using namespace moebius::bench;
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
-      {"fp8_linear", BenchFp8Linear},
+      {"fp8_linear", BenchFp8Linear},        {"rms_norm", BenchRmsNorm},
+      {"quantize_rows", BenchQuantizeRows},  {"combine", BenchCombine},
+      {"rope_and_cache", BenchRopeAndCache}, {"swiglu", BenchSwiGlu},
+      {"residual", BenchResidual},           {"embedding", BenchEmbedding},
+      {"row_digest", BenchRowDigest},
   };
   std::string json, passed, failed, command = "cuda_bench";
   std::vector<std::string> wanted;

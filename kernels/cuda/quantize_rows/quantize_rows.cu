@@ -1,0 +1,143 @@
+#include "kernels/cuda/quantize_rows/quantize_rows.h"
+
+#include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
+#include "kernels/cuda/device/dependent_launch.cuh"
+#include "kernels/cuda/device/quantizer.cuh"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+// A thread quantises one vector (of several rows); a block takes 1,024 neighbouring elements.
+constexpr int kThreads = 128;
+constexpr int kBlockElements = kThreads * kVectorElements;
+constexpr int64_t kMaxDim = int64_t{1} << 20;
+
+struct Rows {
+  int m, dim;
+  const uint16_t* x;
+  int64_t x_stride;
+  bool power_of_two;
+};
+
+struct QuantizeArgs {
+  Rows rows;
+  const int32_t* row_index;
+  uint8_t* codes;
+  float* scales;
+};
+
+struct DispatchArgs {
+  Rows rows;
+  const int32_t* entry_begin;
+  const DispatchEntry* entries;
+  const DispatchTarget* targets;
+};
+
+// kRows rows a thread, their loads in flight together.
+template <int kRows, bool kAligned>
+__global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args) {
+  LetNextKernelStart();
+  WaitForPrecedingKernel();
+  const Rows& rows = args.rows;
+  const int first = static_cast<int>(blockIdx.x) * kRows;
+  const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
+  const int64_t blocks = (rows.dim + 127) / 128;
+  RowVector x[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= rows.m) continue;
+    const int64_t source = args.row_index == nullptr ? first + r : args.row_index[first + r];
+    x[r] = LoadVector<kAligned>(rows.x + source * rows.x_stride, at, rows.dim);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= rows.m) continue;
+    const int64_t row = first + r;
+    QuantizeVector<kAligned>(x[r], at, rows.dim, rows.power_of_two, args.codes + row * rows.dim,
+                             args.scales + row * blocks);
+  }
+}
+
+template <bool kAligned>
+__global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args) {
+  LetNextKernelStart();
+  WaitForPrecedingKernel();
+  const Rows& rows = args.rows;
+  const int64_t row = blockIdx.x;
+  const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
+  const int begin = args.entry_begin[row], end = args.entry_begin[row + 1];
+  if (begin == end) return;
+  const RowVector x = LoadVector<kAligned>(rows.x + row * rows.x_stride, at, rows.dim);
+  const BlockScale s = ScaleOfBlock(LargestOfBlock(x), rows.power_of_two);
+  const uint2 codes = CodesOfVector(x, s);
+  const bool leads = threadIdx.x % kBlockLanes == 0 && at < rows.dim;
+#pragma unroll 4
+  for (int e = begin; e < end; ++e) {
+    const DispatchEntry entry = args.entries[e];
+    const DispatchTarget& target = args.targets[entry.target];
+    uint8_t* const to = reinterpret_cast<uint8_t*>(target.codes) + entry.row * target.code_stride;
+    if (kAligned && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+      StoreCodes<true>(codes, to, at, rows.dim);
+    } else {
+      StoreCodes<false>(codes, to, at, rows.dim);
+    }
+    if (leads) target.scales[entry.row * target.scale_stride + at / 128] = s.scale;
+  }
+}
+
+absl::Status Validate(const char* op, int64_t m, int64_t dim, const void* x, int64_t x_stride) {
+  RETURN_IF_ERROR(CheckRange(op, "m", m, 0, INT32_MAX - 8));
+  RETURN_IF_ERROR(CheckRange(op, "dim", dim, 1, kMaxDim));
+  RETURN_IF_ERROR(CheckRange(op, "x_stride", x_stride, dim, INT64_MAX));
+  return CheckPointer(op, "x", x, 2);
+}
+
+Rows MakeRows(int64_t m, int64_t dim, const Bf16* x, int64_t x_stride, bool power_of_two) {
+  return {static_cast<int>(m), static_cast<int>(dim), reinterpret_cast<const uint16_t*>(x),
+          x_stride, power_of_two};
+}
+
+dim3 Grid(int64_t m, int rows_per_block, int64_t dim) {
+  return dim3(static_cast<unsigned>((m + rows_per_block - 1) / rows_per_block),
+              static_cast<unsigned>((dim + kBlockElements - 1) / kBlockElements));
+}
+
+}  // namespace
+
+absl::Status LaunchQuantizeRows(const QuantizeRowsParams& p, cudaStream_t stream) {
+  constexpr char kOp[] = "QuantizeRows";
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(Validate(kOp, p.m, p.dim, p.x, p.x_stride));
+  RETURN_IF_ERROR(CheckPointer(kOp, "codes", p.codes, 1));
+  RETURN_IF_ERROR(CheckPointer(kOp, "scales", p.scales, 4));
+  const QuantizeArgs args{MakeRows(p.m, p.dim, p.x, p.x_stride, p.power_of_two_scales), p.row_index,
+                          reinterpret_cast<uint8_t*>(p.codes), p.scales};
+  const bool aligned =
+      VectorsAreAligned(p.x, p.x_stride, p.dim) && CodesAreAligned(p.codes, p.dim, p.dim);
+  if (!aligned) {
+    return LaunchDependent(kOp, QuantizeRows<1, false>, Grid(p.m, 1, p.dim), kThreads, stream,
+                           args);
+  }
+  // Few rows: as many threads as there are vectors. Many: fewer, with more in flight each.
+  if (p.m * p.dim <= int64_t{1} << 21) {
+    return LaunchDependent(kOp, QuantizeRows<1, true>, Grid(p.m, 1, p.dim), kThreads, stream, args);
+  }
+  return LaunchDependent(kOp, QuantizeRows<4, true>, Grid(p.m, 4, p.dim), kThreads, stream, args);
+}
+
+absl::Status LaunchDispatchRows(const DispatchRowsParams& p, cudaStream_t stream) {
+  constexpr char kOp[] = "DispatchRows";
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(Validate(kOp, p.m, p.dim, p.x, p.x_stride));
+  RETURN_IF_ERROR(CheckPointer(kOp, "entry_begin", p.entry_begin, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "entries", p.entries, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "targets", p.targets, 8));
+  const DispatchArgs args{MakeRows(p.m, p.dim, p.x, p.x_stride, p.power_of_two_scales),
+                          p.entry_begin, p.entries, p.targets};
+  const auto kernel =
+      VectorsAreAligned(p.x, p.x_stride, p.dim) ? DispatchRows<true> : DispatchRows<false>;
+  return LaunchDependent(kOp, kernel, Grid(p.m, 1, p.dim), kThreads, stream, args);
+}
+
+}  // namespace moebius::kernels::cuda

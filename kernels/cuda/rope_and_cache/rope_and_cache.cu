@@ -1,0 +1,166 @@
+#include "kernels/cuda/rope_and_cache/rope_and_cache.h"
+
+#include <algorithm>
+
+#include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
+#include "kernels/cuda/device/dependent_launch.cuh"
+#include "kernels/cuda/device/row_statistics.cuh"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+constexpr char kOp[] = "RopeAndCache";
+constexpr int kThreads = 256;
+constexpr int64_t kMaxRank = kThreads * kStatisticsVectors * kVectorElements;
+
+struct Args {
+  int heads, nope, rope, rank;
+  int vectors_per_head;  // ceil(rope / 8)
+  const uint16_t* q;
+  uint16_t* q_absorbed;
+  const uint16_t* kv;
+  int64_t kv_stride;
+  const float* kv_norm;
+  float eps;
+  const float* cos_sin;
+  const SequenceRow* rows;
+  uint16_t* cache;
+};
+
+// Four pairs from element `at` of a rope part at one position. kAligned: rope is a multiple of 8.
+template <bool kAligned>
+__device__ __forceinline__ RowVector Rotate(const RowVector& x, const float* cos_sin, int at,
+                                            int rope) {
+  float factor[kVectorElements];
+  LoadWeights<kAligned>(cos_sin, at, rope, factor);
+  RowVector rotated;
+#pragma unroll
+  for (int i = 0; i < kVectorElements / 2; ++i) {
+    const float even = x.At(2 * i), odd = x.At(2 * i + 1);
+    const float cos = factor[2 * i], sin = factor[2 * i + 1];
+    rotated.pair[i] = RoundToBf16Pair(__fsub_rn(__fmul_rn(even, cos), __fmul_rn(odd, sin)),
+                                      __fadd_rn(__fmul_rn(even, sin), __fmul_rn(odd, cos)));
+  }
+  return rotated;
+}
+
+// The latent-cache row of one token.
+template <bool kAligned>
+__device__ void WriteCacheRow(const Args& args, int row, const float* cos_sin,
+                              const SequenceRow& sequence, float* parts) {
+  const int rank = args.rank;
+  const int threads = StatisticsThreads(rank), thread = static_cast<int>(threadIdx.x);
+  const uint16_t* const kv = args.kv + row * args.kv_stride;
+  const int64_t block = sequence.block_table[sequence.position / kCacheBlockTokens];
+  uint16_t* const to =
+      args.cache +
+      (block * kCacheBlockTokens + sequence.position % kCacheBlockTokens) * (rank + args.rope);
+  int at[kStatisticsVectors];
+  RowVector x[kStatisticsVectors];
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v) {
+    // Threads beyond the tree's hold nothing.
+    at[v] = thread < threads ? (thread + v * threads) * kVectorElements : rank;
+    x[v] = LoadVector<kAligned>(kv, at[v], rank);
+  }
+  // The rope key, from the last thread down, which has least to do otherwise.
+  const int key_vector = kThreads - 1 - thread;
+  const bool has_key = key_vector < args.vectors_per_head;
+  const int key_at = has_key ? key_vector * kVectorElements : args.rope;
+  const RowVector key = LoadVector<kAligned>(kv + rank, key_at, args.rope);
+
+  float squares = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v) squares = AddSquares(x[v], squares);
+  const float inverse = InverseRms(FoldBlock(squares, parts), rank, args.eps);
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v) {
+    float weight[kVectorElements];
+    LoadWeights<kAligned>(args.kv_norm, at[v], rank, weight);
+    const RowVector normed =
+        RoundedVector([&](int i) { return __fmul_rn(__fmul_rn(x[v].At(i), inverse), weight[i]); });
+    StoreVector<kAligned>(normed, to, at[v], rank);
+  }
+  StoreVector<kAligned>(Rotate<kAligned>(key, cos_sin, key_at, args.rope), to + rank, key_at,
+                        args.rope);
+}
+
+// Block (row, 0) writes the cache row, block (row, 1 + i) rotates vectors i * 256 .. of q's heads.
+template <bool kAligned>
+__global__ void __launch_bounds__(kThreads) RopeAndCache(const Args args) {
+  __shared__ __align__(16) float parts[32];
+  LetNextKernelStart();
+  WaitForPrecedingKernel();
+  const int row = static_cast<int>(blockIdx.x);
+  const SequenceRow sequence = args.rows[row];
+  const float* const cos_sin = args.cos_sin + static_cast<int64_t>(sequence.position) * args.rope;
+  if (blockIdx.y == 0) {
+    WriteCacheRow<kAligned>(args, row, cos_sin, sequence, parts);
+    return;
+  }
+  const int vector = static_cast<int>((blockIdx.y - 1) * kThreads + threadIdx.x);
+  const int head = vector / args.vectors_per_head;
+  if (head >= args.heads) return;
+  const int at = vector % args.vectors_per_head * kVectorElements;
+  const int64_t row_head = static_cast<int64_t>(row) * args.heads + head;
+  const uint16_t* const from = args.q + row_head * (args.nope + args.rope) + args.nope;
+  uint16_t* const to = args.q_absorbed + row_head * (args.rank + args.rope) + args.rank;
+  const RowVector x = LoadVector<kAligned>(from, at, args.rope);
+  StoreVector<kAligned>(Rotate<kAligned>(x, cos_sin, at, args.rope), to, at, args.rope);
+}
+
+absl::Status Validate(const RopeAndCacheParams& p) {
+  RETURN_IF_ERROR(CheckRange(kOp, "m", p.m, 0, INT32_MAX));
+  RETURN_IF_ERROR(CheckRange(kOp, "dims.num_heads", p.dims.num_heads, 1, 8192));
+  RETURN_IF_ERROR(CheckRange(kOp, "dims.qk_nope_head_dim", p.dims.qk_nope_head_dim, 0, 1 << 20));
+  RETURN_IF_ERROR(CheckRange(kOp, "dims.kv_lora_rank", p.dims.kv_lora_rank, 1, kMaxRank));
+  RETURN_IF_ERROR(CheckRange(kOp, "dims.qk_rope_head_dim", p.dims.qk_rope_head_dim, 2, 1024));
+  if (p.dims.qk_rope_head_dim % 2 != 0) return Refuse(kOp, "dims.qk_rope_head_dim is odd");
+  RETURN_IF_ERROR(CheckRange(kOp, "kv_stride", p.kv_stride, p.dims.latent_dim(), INT64_MAX));
+  RETURN_IF_ERROR(CheckPointer(kOp, "q", p.q, 2));
+  RETURN_IF_ERROR(CheckPointer(kOp, "q_absorbed", p.q_absorbed, 2));
+  RETURN_IF_ERROR(CheckPointer(kOp, "kv", p.kv, 2));
+  RETURN_IF_ERROR(CheckPointer(kOp, "kv_norm", p.kv_norm, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "cos_sin", p.cos_sin, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "rows", p.rows, 8));
+  return CheckPointer(kOp, "cache", p.cache, 2);
+}
+
+bool Aligned(const RopeAndCacheParams& p) {
+  const MlaDims& d = p.dims;
+  return VectorsAreAligned(p.q, d.qk_nope_head_dim, d.qk_rope_head_dim) &&
+         VectorsAreAligned(p.q_absorbed, d.kv_lora_rank, d.kv_lora_rank) &&
+         VectorsAreAligned(p.kv, p.kv_stride, d.latent_dim()) &&
+         VectorsAreAligned(p.cache, d.kv_lora_rank, d.latent_dim()) &&
+         VectorsAreAligned(p.kv_norm, 8, 8) && VectorsAreAligned(p.cos_sin, 8, 8);
+}
+
+}  // namespace
+
+absl::Status LaunchRopeAndCache(const RopeAndCacheParams& p, cudaStream_t stream) {
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(Validate(p));
+  Args args;
+  args.heads = static_cast<int>(p.dims.num_heads);
+  args.nope = static_cast<int>(p.dims.qk_nope_head_dim);
+  args.rope = static_cast<int>(p.dims.qk_rope_head_dim);
+  args.rank = static_cast<int>(p.dims.kv_lora_rank);
+  args.vectors_per_head = (args.rope + kVectorElements - 1) / kVectorElements;
+  args.q = reinterpret_cast<const uint16_t*>(p.q);
+  args.q_absorbed = reinterpret_cast<uint16_t*>(p.q_absorbed);
+  args.kv = reinterpret_cast<const uint16_t*>(p.kv);
+  args.kv_stride = p.kv_stride;
+  args.kv_norm = p.kv_norm;
+  args.eps = p.kv_norm_eps;
+  args.cos_sin = p.cos_sin;
+  args.rows = p.rows;
+  args.cache = reinterpret_cast<uint16_t*>(p.cache);
+  const int vectors = args.heads * args.vectors_per_head;
+  const dim3 grid(static_cast<unsigned>(p.m),
+                  static_cast<unsigned>(1 + (vectors + kThreads - 1) / kThreads));
+  const auto kernel = Aligned(p) ? RopeAndCache<true> : RopeAndCache<false>;
+  return LaunchDependent(kOp, kernel, grid, kThreads, stream, args);
+}
+
+}  // namespace moebius::kernels::cuda
