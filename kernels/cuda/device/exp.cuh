@@ -1,15 +1,15 @@
 #pragma once
 
-// exp(x) with the bits of kernels/cpu (ExpLane in lanes16-inl.h, the same operations in the same
-// order): 2^n * exp(r), n = round(x / ln 2), ln 2 in two parts, a Taylor polynomial of degree 7,
-// 2^n in two exact factors so that subnormal results are rounded once. Within 0.87 units in the
-// last place; exp(0) = 1, exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
+// exp in float32 as the CPU kernels define it (kernels/cpu/lanes16-inl.h, ExpLane): the same
+// operations in the same order, so the same bits. 2^n * exp(r), n = round(x / ln 2), exp(r) by its
+// Taylor polynomial of degree 7, 2^n in two exact factors. Largest error seen 0.87 units in the
+// last place; exp(0) = 1, exp(-inf) = 0, NaN stays.
 
 #include <cstdint>
 
 namespace moebius::kernels::cuda {
 
-__device__ __forceinline__ float Exp(float x) {
+__device__ __forceinline__ float ExactExp(float x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   float c = x < -104.0f ? -104.0f : x;
   c = c > 89.0f ? 89.0f : c;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) SwiGlu(const Args args) {
   // Past the row's end gate and up are 0, and so is the product.
   const RowVector out = RoundedVector([&](int i) {
     const float z = gate.At(i);
-    const float silu = __fdiv_rn(z, __fadd_rn(1.0f, Exp(-z)));
+    const float silu = __fdiv_rn(z, __fadd_rn(1.0f, ExactExp(-z)));
     return __fmul_rn(silu, up.At(i));
   });
   if (args.out != nullptr) StoreVector<kAligned>(out, args.out + row * args.dim, at, args.dim);

@@ -84,7 +84,7 @@ Result Compute(const Shape& s, const Tokens& tokens, const RowPool& pool,
   }
   const absl::Status status = LaunchCombine(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "Combine");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "Combine");
   return {out.Download(), h.Download()};
 }
 

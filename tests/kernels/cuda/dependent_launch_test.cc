@@ -70,6 +70,7 @@ class DependentLaunchTest : public GpuTest {
     residual.y = routed.get();
     residual.shared = normed.get();
     cudaStream_t stream;
+    ExpectCudaOk(cudaStreamSynchronize(nullptr), "uploads and poison");
     ExpectCudaOk(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
     const auto expect_ok = [&](const absl::Status& status) {
       EXPECT_TRUE(status.ok()) << status.ToString();

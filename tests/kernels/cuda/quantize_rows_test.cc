@@ -32,7 +32,7 @@ Quantized Quantize(const std::vector<Bf16>& rows, int64_t m, int64_t dim, int64_
   params.power_of_two_scales = power_of_two;
   const absl::Status status = LaunchQuantizeRows(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "QuantizeRows");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "QuantizeRows");
   return {codes.Download(), scales.Download()};
 }
 
@@ -165,7 +165,7 @@ TEST_F(QuantizeRowsTest, DispatchPutsEveryRowInEachOfItsPlacesAndNowhereElse) {
     params.targets = device_targets.get();
     params.power_of_two_scales = true;
     ASSERT_STATUS_OK(LaunchDispatchRows(params, nullptr));
-    ASSERT_CUDA_OK(cudaDeviceSynchronize());
+    ASSERT_CUDA_OK(cudaStreamSynchronize(nullptr));
     size_t copies = 0;
     for (int t = 0; t < num_targets; ++t) {
       std::vector<E4m3> code = codes[static_cast<size_t>(t)]->Download();

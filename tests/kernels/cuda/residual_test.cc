@@ -19,7 +19,7 @@ std::vector<Bf16> Compute(const RowPool& h_pool, const RowPool& y_pool, const Ro
   params.shared = shared_pool != nullptr ? shared.get() : nullptr;
   const absl::Status status = LaunchResidual(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "Residual");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "Residual");
   return h.Download();
 }
 

@@ -65,7 +65,7 @@ class Batch {
   void Run() {
     const absl::Status status = LaunchRmsNorm(params, nullptr);
     EXPECT_TRUE(status.ok()) << status.ToString();
-    ExpectCudaOk(cudaDeviceSynchronize(), "RmsNorm");
+    ExpectCudaOk(cudaStreamSynchronize(nullptr), "RmsNorm");
   }
 
   std::vector<uint64_t> Hashes() const {

@@ -78,7 +78,7 @@ Result Compute(const Model& model, const std::vector<Bf16>& q, const std::vector
   params.cache = cache.get();
   const absl::Status status = LaunchRopeAndCache(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "RopeAndCache");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "RopeAndCache");
   Result result{absorbed.Download(), {}, cache.Download()};
   for (int64_t i = 0; i < m; ++i) {
     const int64_t row = block_of[static_cast<size_t>(i)] * kCacheBlockTokens +

@@ -25,7 +25,7 @@ std::vector<uint64_t> Digests(const std::vector<Bf16>& rows, int64_t m, int64_t 
   params.digests = digests.get();
   const absl::Status status = LaunchRowDigest(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "RowDigest");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "RowDigest");
   return digests.Download();
 }
 

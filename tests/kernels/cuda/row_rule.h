@@ -52,8 +52,9 @@ class RowHashes {
 
 // `run(m, shift)` computes the batch whose row i is made of pool row RowPool::Row(i, shift) and
 // gives a hash for each row. Every row of batches of 1 to 4,096, beside a competing kernel, must
-// hash as it does alone. `values`: how many a row has, for the count printed. `largest`: no larger
-// batches.
+// hash as it does alone. `run` must not wait for the whole device (cudaDeviceSynchronize,
+// cudaFree): that waits for the competing kernel.  `values`: how many a row has, for the count
+// printed. `largest`: no larger batches.
 void ExpectRowRule(const char* what, int64_t values,
                    const std::function<std::vector<uint64_t>(int64_t m, int64_t shift)>& run,
                    int64_t largest = 4096);

@@ -35,7 +35,7 @@ Result Compute(const std::vector<Bf16>& gate_up, int64_t m, int64_t dim, bool po
   params.power_of_two_scales = power_of_two;
   const absl::Status status = LaunchSwiGlu(params, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "SwiGlu");
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "SwiGlu");
   return {out.Download(), codes.Download(), scales.Download()};
 }
 
