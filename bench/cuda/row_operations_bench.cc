@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/prng.h"
 #include "bench/cuda/benches.h"
 #include "kernels/cuda/combine/combine.h"
+#include "kernels/cuda/combine/combine_norm.h"
 #include "kernels/cuda/embedding/embedding.h"
 #include "kernels/cuda/quantize_rows/quantize_rows.h"
 #include "kernels/cuda/residual/residual.h"
@@ -116,35 +118,34 @@ void MeasureQuantize(Report& report, int64_t m) {
 void MeasureDispatch(Report& report, int64_t m) {
   constexpr int kTargets = 32;
   const int64_t blocks = Blocks(kHidden);
-  const double row_bytes = 2.0 * kHidden + kTopK * (kHidden + 4.0 * blocks + 8);
+  const double row_bytes = 2.0 * kHidden + kTopK * (kHidden + 4.0 * blocks + 16);
   const double bytes = static_cast<double>(m) * row_bytes;
   const int64_t copies = Copies(bytes);
   std::vector<int32_t> begin = {0}, filled(kTargets, 0);
-  std::vector<cuda::DispatchEntry> entries;
+  std::vector<std::pair<int32_t, int32_t>> places;  // target and row there
   Prng random(5);
   for (int64_t row = 0; row < m; ++row) {
     const auto first = static_cast<int32_t>(random.Below(kTargets));
     for (int32_t j = 0; j < kTopK; ++j) {
       const int32_t target = (first + 5 * j) % kTargets;
-      entries.push_back({target, filled[static_cast<size_t>(target)]++});
+      places.push_back({target, filled[static_cast<size_t>(target)]++});
     }
-    begin.push_back(static_cast<int32_t>(entries.size()));
+    begin.push_back(static_cast<int32_t>(places.size()));
   }
   const DeviceArray<Bf16> x = RandomBf16(copies * m * kHidden, 1);
   const DeviceArray<E4m3> codes(copies * kTopK * m * kHidden);
   const DeviceArray<float> scales(copies * kTopK * m * blocks);
-  std::vector<cuda::DispatchTarget> targets;
+  std::vector<int64_t> first_row = {0};
+  for (const int32_t rows : filled) first_row.push_back(first_row.back() + rows);
+  std::vector<cuda::RowCopy> row_copies;
   for (int64_t copy = 0; copy < copies; ++copy) {
-    int64_t row = copy * kTopK * m;
-    for (int t = 0; t < kTargets; ++t) {
-      targets.push_back(
-          {codes.get() + row * kHidden, kHidden, scales.get() + row * blocks, blocks});
-      row += filled[static_cast<size_t>(t)];
+    for (const auto& [target, place] : places) {
+      const int64_t row = copy * kTopK * m + first_row[static_cast<size_t>(target)] + place;
+      row_copies.push_back({codes.get() + row * kHidden, scales.get() + row * blocks});
     }
   }
   const auto device_begin = OnDevice(begin);
-  const auto device_entries = OnDevice(entries);
-  const auto device_targets = OnDevice(targets);
+  const auto device_copies = OnDevice(row_copies);
   Measure(
       report, "dispatch_rows", absl::StrCat(kHidden, " to 8 of 32 targets, M=", m), bytes,
       [&](int64_t i, cudaStream_t stream) {
@@ -152,13 +153,46 @@ void MeasureDispatch(Report& report, int64_t m) {
         p.m = m;
         p.dim = p.x_stride = kHidden;
         p.x = x.get() + i * m * kHidden;
-        p.entry_begin = device_begin.get();
-        p.entries = device_entries.get();
-        p.targets = device_targets.get() + i * kTargets;
+        p.copy_begin = device_begin.get();
+        p.copies = device_copies.get() + i * kTopK * m;
         return cuda::LaunchDispatchRows(p, stream);
       },
       m == 128 ? 4 : 0, m == 128 ? "good 6, excellent 4" : "");
 }
+
+// Which rows each of m tokens sums: eight, of two experts in each of four groups.
+struct Choices {
+  explicit Choices(int64_t tokens) : m(tokens) {
+    std::vector<ExpertId> chosen;
+    std::vector<int32_t> order(static_cast<size_t>(kTopK * m));
+    Prng random(6);
+    for (int64_t i = 0; i < m; ++i) {
+      for (uint32_t j = 0; j < kTopK; j += 2) {
+        const auto group = static_cast<uint32_t>(random.Below(2)) + j;
+        chosen.push_back(ExpertId(32 * group + 3));
+        chosen.push_back(ExpertId(32 * group + 19));
+      }
+    }
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.Below(i)]);
+    experts.Upload(chosen.data());
+    index.Upload(order.data());
+  }
+  cuda::CombineParams Params() const {
+    cuda::CombineParams p;
+    p.m = m;
+    p.dim = kHidden;
+    p.top_k = kTopK;
+    p.experts = experts.get();
+    p.weights = weights.get();
+    p.row_index = index.get();
+    return p;
+  }
+  int64_t m;
+  DeviceArray<ExpertId> experts = DeviceArray<ExpertId>(kTopK * m);
+  DeviceArray<int32_t> index = DeviceArray<int32_t>(kTopK * m);
+  DeviceArray<float> weights = RandomScales(kTopK * m, 7, 0.3f);
+};
 
 void MeasureCombine(Report& report, int64_t m, bool residual) {
   const double bytes =
@@ -167,33 +201,13 @@ void MeasureCombine(Report& report, int64_t m, bool residual) {
   const DeviceArray<Bf16> rows = RandomBf16(copies * kTopK * size, 1);
   const DeviceArray<Bf16> shared = RandomBf16(copies * size, 2), h = RandomBf16(copies * size, 3);
   const DeviceArray<Bf16> out(copies * size);
-  std::vector<ExpertId> experts;
-  std::vector<int32_t> index(static_cast<size_t>(kTopK * m));
-  Prng random(6);
-  for (int64_t i = 0; i < m; ++i) {
-    // Four groups of 32, two experts each.
-    for (uint32_t j = 0; j < kTopK; ++j) {
-      const auto group = static_cast<uint32_t>(random.Below(2)) + j / 2 * 2;
-      experts.push_back(ExpertId(32 * group + 16 * (j % 2)));
-    }
-  }
-  for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int32_t>(i);
-  for (size_t i = index.size(); i > 1; --i) std::swap(index[i - 1], index[random.Below(i)]);
-  const auto device_experts = OnDevice(experts);
-  const auto device_index = OnDevice(index);
-  const DeviceArray<float> weights = RandomScales(kTopK * m, 7, 0.3f);
+  const Choices choices(m);
   Measure(
       report, "combine",
       absl::StrCat(kHidden, " x 8 rows", residual ? ", residual" : "", ", M=", m), bytes,
       [&](int64_t i, cudaStream_t stream) {
-        cuda::CombineParams p;
-        p.m = m;
-        p.dim = kHidden;
-        p.top_k = kTopK;
-        p.experts = device_experts.get();
-        p.weights = weights.get();
+        cuda::CombineParams p = choices.Params();
         p.buffer = rows.get() + i * kTopK * size;
-        p.row_index = device_index.get();
         if (residual) {
           p.shared = shared.get() + i * size;
           p.h = h.get() + i * size;
@@ -203,6 +217,31 @@ void MeasureCombine(Report& report, int64_t m, bool residual) {
         return cuda::LaunchCombine(p, stream);
       },
       m == 128 && !residual ? 5 : 0, m == 128 && !residual ? "good 7, excellent 5" : "");
+}
+
+// With the residual, the next layer's norm and its quantisation.
+void MeasureCombineNorm(Report& report, int64_t m) {
+  const double bytes = static_cast<double>(m) * (2.0 * kHidden * (kTopK + 3) + kTopK * 12.0 +
+                                                 kHidden + 4.0 * Blocks(kHidden));
+  const int64_t copies = Copies(bytes), size = m * kHidden;
+  const DeviceArray<Bf16> rows = RandomBf16(copies * kTopK * size, 1);
+  const DeviceArray<Bf16> shared = RandomBf16(copies * size, 2), h = RandomBf16(copies * size, 3);
+  const DeviceArray<E4m3> codes(copies * size);
+  const DeviceArray<float> scales(copies * m * Blocks(kHidden));
+  const DeviceArray<float> weight = RandomFloats(kHidden, 4);
+  const Choices choices(m);
+  Measure(report, "combine_norm", absl::StrCat(kHidden, " x 8 rows, to codes, M=", m), bytes,
+          [&](int64_t i, cudaStream_t stream) {
+            cuda::CombineNormParams p;
+            p.combine = choices.Params();
+            p.combine.buffer = rows.get() + i * kTopK * size;
+            p.combine.shared = shared.get() + i * size;
+            p.combine.h = h.get() + i * size;
+            p.weight = weight.get();
+            p.codes = codes.get() + i * size;
+            p.scales = scales.get() + i * m * Blocks(kHidden);
+            return cuda::LaunchCombineNorm(p, stream);
+          });
 }
 
 void MeasureRope(Report& report, int64_t m, int64_t heads) {
@@ -360,6 +399,7 @@ void BenchCombine(Report& report) {
   for (const bool residual : {false, true}) {
     for (const int64_t m : kRows) MeasureCombine(report, m, residual);
   }
+  for (const int64_t m : kRows) MeasureCombineNorm(report, m);
 }
 
 void BenchRopeAndCache(Report& report) {

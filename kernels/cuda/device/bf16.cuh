@@ -20,16 +20,20 @@ __device__ __forceinline__ uint16_t RoundToBf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// RoundToBf16 of both. The instruction that rounds two numbers at once writes 0x7fff for a NaN, so
-// pairs with one take the long way.
-__device__ __forceinline__ uint32_t RoundToBf16Pair(float low, float high) {
-  if (isunordered(low, high)) {
-    return static_cast<uint32_t>(RoundToBf16(low)) |
-           (static_cast<uint32_t>(RoundToBf16(high)) << 16);
-  }
+// RoundToBf16 of both for numbers; a NaN becomes 0x7fff, as the instruction has it.
+__device__ __forceinline__ uint32_t RoundNumbersToBf16Pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// RoundToBf16 of both: pairs with a NaN take the long way.
+__device__ __forceinline__ uint32_t RoundToBf16Pair(float low, float high) {
+  if (low != low || high != high) {
+    return static_cast<uint32_t>(RoundToBf16(low)) |
+           (static_cast<uint32_t>(RoundToBf16(high)) << 16);
+  }
+  return RoundNumbersToBf16Pair(low, high);
 }
 
 }  // namespace moebius::kernels::cuda

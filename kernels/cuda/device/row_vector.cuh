@@ -72,14 +72,42 @@ __device__ __forceinline__ RowVector WithoutTail(RowVector v, int at, int dim) {
   return v;
 }
 
+// Whether any of eight numbers is NaN.
+__device__ __forceinline__ bool AnyNan(const float (&x)[kVectorElements]) {
+  uint32_t any;
+  asm("{\n.reg .pred p;\n"
+      "setp.nan.f32 p, %1, %2;\n"
+      "setp.nan.or.f32 p, %3, %4, p;\n"
+      "setp.nan.or.f32 p, %5, %6, p;\n"
+      "setp.nan.or.f32 p, %7, %8, p;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(any)
+      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]));
+  return any != 0;
+}
+
+// RoundToBf16 of each.
+__device__ __forceinline__ RowVector RoundVector(const float (&x)[kVectorElements]) {
+  RowVector v;
+  if (AnyNan(x)) {
+#pragma unroll
+    for (int i = 0; i < kVectorElements / 2; ++i)
+      v.pair[i] = RoundToBf16(x[2 * i]) | (static_cast<uint32_t>(RoundToBf16(x[2 * i + 1])) << 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVectorElements / 2; ++i)
+      v.pair[i] = RoundNumbersToBf16Pair(x[2 * i], x[2 * i + 1]);
+  }
+  return v;
+}
+
 // Rounds function(0) .. function(7).
 template <typename Function>
 __device__ __forceinline__ RowVector RoundedVector(const Function& function) {
-  RowVector v;
+  float x[kVectorElements];
 #pragma unroll
-  for (int i = 0; i < kVectorElements / 2; ++i)
-    v.pair[i] = RoundToBf16Pair(function(2 * i), function(2 * i + 1));
-  return v;
+  for (int i = 0; i < kVectorElements; ++i) x[i] = function(i);
+  return RoundVector(x);
 }
 
 // bf16(a + b), element by element.

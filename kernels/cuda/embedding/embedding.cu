@@ -21,7 +21,6 @@ struct Args {
 // Block (row, i) copies 1,024 neighbouring elements, 8 a thread.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) Embedding(const Args args) {
-  LetNextKernelStart();
   WaitForPrecedingKernel();
   const int64_t row = blockIdx.x;
   const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
@@ -32,6 +31,7 @@ __global__ void __launch_bounds__(kThreads) Embedding(const Args args) {
   } else {
     for (uint32_t& pair : x.pair) pair = 0x7fc07fc0u;
   }
+  LetNextKernelStart();
   StoreVector<kAligned>(x, args.out + row * args.dim, at, args.dim);
 }
 

@@ -11,6 +11,7 @@ namespace {
 // A thread quantises one vector (of several rows); a block takes 1,024 neighbouring elements.
 constexpr int kThreads = 128;
 constexpr int kBlockElements = kThreads * kVectorElements;
+constexpr int kCopiesAtOnce = 8;
 constexpr int64_t kMaxDim = int64_t{1} << 20;
 
 struct Rows {
@@ -29,15 +30,13 @@ struct QuantizeArgs {
 
 struct DispatchArgs {
   Rows rows;
-  const int32_t* entry_begin;
-  const DispatchEntry* entries;
-  const DispatchTarget* targets;
+  const int32_t* copy_begin;
+  const RowCopy* copies;
 };
 
 // kRows rows a thread, their loads in flight together.
 template <int kRows, bool kAligned>
 __global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args) {
-  LetNextKernelStart();
   WaitForPrecedingKernel();
   const Rows& rows = args.rows;
   const int first = static_cast<int>(blockIdx.x) * kRows;
@@ -50,6 +49,7 @@ __global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args
     const int64_t source = args.row_index == nullptr ? first + r : args.row_index[first + r];
     x[r] = LoadVector<kAligned>(rows.x + source * rows.x_stride, at, rows.dim);
   }
+  LetNextKernelStart();
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (first + r >= rows.m) continue;
@@ -61,28 +61,44 @@ __global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args) {
-  LetNextKernelStart();
   WaitForPrecedingKernel();
   const Rows& rows = args.rows;
   const int64_t row = blockIdx.x;
   const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
-  const int begin = args.entry_begin[row], end = args.entry_begin[row + 1];
-  if (begin == end) return;
   const RowVector x = LoadVector<kAligned>(rows.x + row * rows.x_stride, at, rows.dim);
+  const int begin = args.copy_begin[row], end = args.copy_begin[row + 1];
+  if (begin == end) return;
+  // The first places are read while the row is on its way; past the last, the last again.
+  RowCopy copies[kCopiesAtOnce];
+  const auto read_copies = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kCopiesAtOnce; ++i) {
+      const ulonglong2 pointers =
+          *reinterpret_cast<const ulonglong2*>(args.copies + min(first + i, end - 1));
+      copies[i].codes = reinterpret_cast<E4m3*>(pointers.x);
+      copies[i].scales = reinterpret_cast<float*>(pointers.y);
+    }
+  };
+  read_copies(begin);
   const BlockScale s = ScaleOfBlock(LargestOfBlock(x), rows.power_of_two);
   const uint2 codes = CodesOfVector(x, s);
   const bool leads = threadIdx.x % kBlockLanes == 0 && at < rows.dim;
-#pragma unroll 4
-  for (int e = begin; e < end; ++e) {
-    const DispatchEntry entry = args.entries[e];
-    const DispatchTarget& target = args.targets[entry.target];
-    uint8_t* const to = reinterpret_cast<uint8_t*>(target.codes) + entry.row * target.code_stride;
-    if (kAligned && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-      StoreCodes<true>(codes, to, at, rows.dim);
-    } else {
-      StoreCodes<false>(codes, to, at, rows.dim);
+  LetNextKernelStart();
+  for (int first = begin;;) {
+#pragma unroll
+    for (int i = 0; i < kCopiesAtOnce; ++i) {
+      if (first + i >= end) break;
+      uint8_t* const to = reinterpret_cast<uint8_t*>(copies[i].codes);
+      if (kAligned && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+        StoreCodes<true>(codes, to, at, rows.dim);
+      } else {
+        StoreCodes<false>(codes, to, at, rows.dim);
+      }
+      if (leads) copies[i].scales[at / 128] = s.scale;
     }
-    if (leads) target.scales[entry.row * target.scale_stride + at / 128] = s.scale;
+    first += kCopiesAtOnce;
+    if (first >= end) break;
+    read_copies(first);
   }
 }
 
@@ -123,18 +139,17 @@ absl::Status LaunchQuantizeRows(const QuantizeRowsParams& p, cudaStream_t stream
   if (p.m * p.dim <= int64_t{1} << 21) {
     return LaunchDependent(kOp, QuantizeRows<1, true>, Grid(p.m, 1, p.dim), kThreads, stream, args);
   }
-  return LaunchDependent(kOp, QuantizeRows<4, true>, Grid(p.m, 4, p.dim), kThreads, stream, args);
+  return LaunchDependent(kOp, QuantizeRows<2, true>, Grid(p.m, 2, p.dim), kThreads, stream, args);
 }
 
 absl::Status LaunchDispatchRows(const DispatchRowsParams& p, cudaStream_t stream) {
   constexpr char kOp[] = "DispatchRows";
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(Validate(kOp, p.m, p.dim, p.x, p.x_stride));
-  RETURN_IF_ERROR(CheckPointer(kOp, "entry_begin", p.entry_begin, 4));
-  RETURN_IF_ERROR(CheckPointer(kOp, "entries", p.entries, 4));
-  RETURN_IF_ERROR(CheckPointer(kOp, "targets", p.targets, 8));
+  RETURN_IF_ERROR(CheckPointer(kOp, "copy_begin", p.copy_begin, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "copies", p.copies, 16));
   const DispatchArgs args{MakeRows(p.m, p.dim, p.x, p.x_stride, p.power_of_two_scales),
-                          p.entry_begin, p.entries, p.targets};
+                          p.copy_begin, p.copies};
   const auto kernel =
       VectorsAreAligned(p.x, p.x_stride, p.dim) ? DispatchRows<true> : DispatchRows<false>;
   return LaunchDependent(kOp, kernel, Grid(p.m, 1, p.dim), kThreads, stream, args);

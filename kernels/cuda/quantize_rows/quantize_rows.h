@@ -25,34 +25,23 @@ struct QuantizeRowsParams {
   bool power_of_two_scales = false;
 };
 
-// Where the rows of one destination are gathered: a frame that is sent as it lies. Rows of codes
-// that begin at multiples of 8 bytes are fast.
-struct DispatchTarget {
-  E4m3* codes = nullptr;  // [rows, dim], row stride code_stride bytes
-  int64_t code_stride = 0;
-  float* scales = nullptr;  // [rows, ceil(dim / 128)], row stride scale_stride elements
-  int64_t scale_stride = 0;
+// Where one copy of a row goes. Codes that begin at a multiple of 8 bytes are fast.
+struct RowCopy {
+  E4m3* codes = nullptr;    // [dim]
+  float* scales = nullptr;  // [ceil(dim / 128)]
 };
 
-// One copy of a row.
-struct DispatchEntry {
-  int32_t target = 0;  // which DispatchTarget
-  int32_t row = 0;     // its row there
-};
-
-// Quantises every row once and writes it to each of its places:
-//   for e in [entry_begin[i], entry_begin[i + 1]):
-//     targets[entries[e].target] row entries[e].row = quantised x[i]
+// Quantises every row once and writes it to each of its places, all of them in device memory:
+//   for c in [copy_begin[i], copy_begin[i + 1]):  copies[c] = quantised x[i]
 // A token is sent once to a destination, however many of its experts live there; the caller's
-// entries say so. Rows without entries cost nothing. No two entries name the same place.
+// copies say so. Rows without copies cost nothing. No two copies name the same place.
 struct DispatchRowsParams {
   int64_t m = 0;
   int64_t dim = 0;
   const Bf16* x = nullptr;  // [m, dim], row stride x_stride elements
   int64_t x_stride = 0;
-  const int32_t* entry_begin = nullptr;     // [m + 1], ascending from 0
-  const DispatchEntry* entries = nullptr;   // [entry_begin[m]]
-  const DispatchTarget* targets = nullptr;  // [any], device memory
+  const int32_t* copy_begin = nullptr;  // [m + 1], ascending from 0
+  const RowCopy* copies = nullptr;      // [copy_begin[m]], 16-aligned
   bool power_of_two_scales = false;
 };
 

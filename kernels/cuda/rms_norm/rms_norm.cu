@@ -5,8 +5,7 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/dependent_launch.cuh"
-#include "kernels/cuda/device/quantizer.cuh"
-#include "kernels/cuda/device/row_statistics.cuh"
+#include "kernels/cuda/device/norm_row.cuh"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -14,83 +13,97 @@ namespace {
 constexpr char kOp[] = "RmsNorm";
 static_assert(kRmsNormMaxDim <= kStatisticsMaxDim);
 
-struct Rows {
+struct Args {
   int m, dim;
   const uint16_t* x;
   int64_t x_stride;
   const uint16_t* add;
   const uint16_t* add_shared;
   uint16_t* sum;
-  const float* weight;
-  float eps;
-  uint16_t* out;
-  int64_t out_stride;
-  uint8_t* codes;
-  float* scales;
-  bool power_of_two;
+  NormOutputs to;
 };
 
-// A block takes rows blockIdx.x, + gridDim.x, ..: the weights stay in registers.
 template <bool kAligned>
-__global__ void __launch_bounds__(1024) RmsNorm(const Rows rows) {
+__device__ __forceinline__ void LoadRow(const uint16_t* row, const NormVectors& vectors, int dim,
+                                        RowVector (&x)[kStatisticsVectors]) {
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v) x[v] = LoadVector<kAligned>(row, vectors.at[v], dim);
+}
+
+// A block takes rows blockIdx.x, + gridDim.x, .., weights in registers, the next row on its way.
+template <bool kAligned>
+__global__ void __launch_bounds__(1024) RmsNorm(const Args args) {
   __shared__ __align__(16) float parts[2][32];
   constexpr int kVectors = kStatisticsVectors;
-  const int dim = rows.dim;
-  int at[kVectors];
+  const int dim = args.dim, rows_apart = static_cast<int>(gridDim.x);
+  const NormVectors vectors;
   float weight[kVectors][kVectorElements];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    at[v] = static_cast<int>(threadIdx.x + v * blockDim.x) * kVectorElements;
-    LoadWeights<kAligned>(rows.weight, at[v], dim, weight[v]);
-  }
-  LetNextKernelStart();
+  for (int v = 0; v < kVectors; ++v)
+    LoadWeights<kAligned>(args.to.weight, vectors.at[v], dim, weight[v]);
   WaitForPrecedingKernel();
 
-  int buffer = 0;
-  for (int row = static_cast<int>(blockIdx.x); row < rows.m; row += static_cast<int>(gridDim.x)) {
-    const int64_t dense = static_cast<int64_t>(row) * dim;
+  int row = static_cast<int>(blockIdx.x), buffer = 0;
+  RowVector next[kVectors];
+  LoadRow<kAligned>(args.x + row * args.x_stride, vectors, dim, next);
+  for (; row < args.m; row += rows_apart) {
     RowVector x[kVectors];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-      x[v] = LoadVector<kAligned>(rows.x + row * rows.x_stride, at[v], dim);
-    if (rows.add != nullptr) {
-      RowVector add[kVectors], shared[kVectors];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v)
-        add[v] = LoadVector<kAligned>(rows.add + dense, at[v], dim);
-      if (rows.add_shared != nullptr) {
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-          shared[v] = LoadVector<kAligned>(rows.add_shared + dense, at[v], dim);
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) add[v] = AddVectors(add[v], shared[v]);
-      }
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        x[v] = AddVectors(x[v], add[v]);
-        StoreVector<kAligned>(x[v], rows.sum + dense, at[v], dim);
-      }
+    for (int v = 0; v < kVectors; ++v) x[v] = next[v];
+    if (row + rows_apart < args.m) {
+      LoadRow<kAligned>(args.x + (row + rows_apart) * args.x_stride, vectors, dim, next);
+    } else {
+      LetNextKernelStart();
     }
-    float squares = 0.0f;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) squares = AddSquares(x[v], squares);
     // Two buffers in turn: a slow warp may still read the last row's parts, none those before.
-    const float inverse = InverseRms(FoldBlock(squares, parts[buffer]), dim, rows.eps);
+    NormalizeRow<kAligned, WeightsAre::kGiven>(args.to, row, dim, vectors, x, weight,
+                                               parts[buffer]);
     buffer ^= 1;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const RowVector normed = RoundedVector(
-          [&](int i) { return __fmul_rn(__fmul_rn(x[v].At(i), inverse), weight[v][i]); });
-      if (rows.out != nullptr)
-        StoreVector<kAligned>(normed, rows.out + row * rows.out_stride, at[v], dim);
-      if (rows.codes != nullptr) {
-        // What lies past the end must not reach the last block's scale: 0 * infinity is NaN.
-        QuantizeVector<kAligned>(WithoutTail<kAligned>(normed, at[v], dim), at[v], dim,
-                                 rows.power_of_two, rows.codes + dense,
-                                 rows.scales + static_cast<int64_t>(row) * ((dim + 127) / 128));
-      }
-    }
   }
+}
+
+// A block takes one row. kBlocks blocks of kThreads threads share a multiprocessor: three, for many
+// rows of up to 7,168 elements, leave no registers for weights that are loaded early.
+template <bool kAligned, bool kShared, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) AddRmsNorm(const Args args) {
+  __shared__ __align__(16) float parts[32];
+  constexpr int kVectors = kStatisticsVectors;
+  const int dim = args.dim, row = static_cast<int>(blockIdx.x);
+  const int64_t dense = static_cast<int64_t>(row) * dim;
+  const NormVectors vectors;
+  WaitForPrecedingKernel();
+  RowVector x[kVectors], add[kVectors], shared[kVectors];
+  LoadRow<kAligned>(args.x + row * args.x_stride, vectors, dim, x);
+  LoadRow<kAligned>(args.add + dense, vectors, dim, add);
+  if constexpr (kShared) LoadRow<kAligned>(args.add_shared + dense, vectors, dim, shared);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if constexpr (kShared) add[v] = AddVectors(add[v], shared[v]);
+    x[v] = AddVectors(x[v], add[v]);
+  }
+  LetNextKernelStart();
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+    StoreVector<kAligned>(x[v], args.sum + dense, vectors.at[v], dim);
+  float weight[kVectors][kVectorElements];
+  constexpr WeightsAre kWeights =
+      kAligned && kBlocks == 1 ? WeightsAre::kLoadedEarly : WeightsAre::kLoadedLate;
+  NormalizeRow<kAligned, kWeights>(args.to, row, dim, vectors, x, weight, parts);
+}
+
+template <bool kShared>
+auto SelectAddition(const RmsNormParams& p, bool aligned) {
+  constexpr int kNarrow = StatisticsThreads(7168);
+  if (!aligned) return AddRmsNorm<false, kShared, 1024, 1>;
+  if (StatisticsThreads(p.dim) > kNarrow || p.m <= 2 * MultiprocessorCount())
+    return AddRmsNorm<true, kShared, 1024, 1>;
+  return AddRmsNorm<true, kShared, kNarrow, 3>;
+}
+
+auto Select(const RmsNormParams& p, bool aligned) {
+  if (p.add_shared != nullptr) return SelectAddition<true>(p, aligned);
+  if (p.add != nullptr) return SelectAddition<false>(p, aligned);
+  return aligned ? RmsNorm<true> : RmsNorm<false>;
 }
 
 absl::Status Validate(const RmsNormParams& p) {
@@ -121,28 +134,21 @@ bool Aligned(const RmsNormParams& p) {
 absl::Status LaunchRmsNorm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(Validate(p));
-  Rows rows;
-  rows.m = static_cast<int>(p.m);
-  rows.dim = static_cast<int>(p.dim);
-  rows.x = reinterpret_cast<const uint16_t*>(p.x);
-  rows.x_stride = p.x_stride;
-  rows.add = reinterpret_cast<const uint16_t*>(p.add);
-  rows.add_shared = reinterpret_cast<const uint16_t*>(p.add_shared);
-  rows.sum = reinterpret_cast<uint16_t*>(p.sum);
-  rows.weight = p.weight;
-  rows.eps = p.eps;
-  rows.out = reinterpret_cast<uint16_t*>(p.out);
-  rows.out_stride = p.out_stride;
-  rows.codes = reinterpret_cast<uint8_t*>(p.codes);
-  rows.scales = p.scales;
-  rows.power_of_two = p.power_of_two_scales;
-
+  const Args args{static_cast<int>(p.m),
+                  static_cast<int>(p.dim),
+                  reinterpret_cast<const uint16_t*>(p.x),
+                  p.x_stride,
+                  reinterpret_cast<const uint16_t*>(p.add),
+                  reinterpret_cast<const uint16_t*>(p.add_shared),
+                  reinterpret_cast<uint16_t*>(p.sum),
+                  {p.weight, p.eps, reinterpret_cast<uint16_t*>(p.out), p.out_stride,
+                   reinterpret_cast<uint8_t*>(p.codes), p.scales, p.power_of_two_scales}};
   const int threads = StatisticsThreads(p.dim);
-  // As many blocks as are resident together.
-  const int64_t per_processor = std::max(1, std::min(16, 1024 / threads));
-  const dim3 grid(static_cast<unsigned>(std::min(p.m, MultiprocessorCount() * per_processor)));
-  const auto kernel = Aligned(p) ? RmsNorm<true> : RmsNorm<false>;
-  return LaunchDependent(kOp, kernel, grid, static_cast<unsigned>(threads), stream, rows);
+  // Without an addition as many blocks as are resident together, each with a chain of rows.
+  const int64_t resident = MultiprocessorCount() * std::max(1, std::min(16, 1024 / threads));
+  const dim3 grid(static_cast<unsigned>(p.add != nullptr ? p.m : std::min(p.m, resident)));
+  return LaunchDependent(kOp, Select(p, Aligned(p)), grid, static_cast<unsigned>(threads), stream,
+                         args);
 }
 
 }  // namespace moebius::kernels::cuda

@@ -34,41 +34,43 @@ __device__ __forceinline__ RowVector Rotate(const RowVector& x, const float* cos
                                             int rope) {
   float factor[kVectorElements];
   LoadWeights<kAligned>(cos_sin, at, rope, factor);
-  RowVector rotated;
-#pragma unroll
-  for (int i = 0; i < kVectorElements / 2; ++i) {
-    const float even = x.At(2 * i), odd = x.At(2 * i + 1);
-    const float cos = factor[2 * i], sin = factor[2 * i + 1];
-    rotated.pair[i] = RoundToBf16Pair(__fsub_rn(__fmul_rn(even, cos), __fmul_rn(odd, sin)),
-                                      __fadd_rn(__fmul_rn(even, sin), __fmul_rn(odd, cos)));
-  }
-  return rotated;
+  return RoundedVector([&](int i) {
+    const int pair = i / 2 * 2;
+    const float even = x.At(pair), odd = x.At(pair + 1);
+    const float cos = factor[pair], sin = factor[pair + 1];
+    return i % 2 == 0 ? __fsub_rn(__fmul_rn(even, cos), __fmul_rn(odd, sin))
+                      : __fadd_rn(__fmul_rn(even, sin), __fmul_rn(odd, cos));
+  });
 }
 
-// The latent-cache row of one token.
+// The latent-cache row of one token. What does not depend on its position is loaded first.
 template <bool kAligned>
-__device__ void WriteCacheRow(const Args& args, int row, const float* cos_sin,
-                              const SequenceRow& sequence, float* parts) {
+__device__ __forceinline__ void WriteCacheRow(const Args& args, int row, float* parts) {
   const int rank = args.rank;
   const int threads = StatisticsThreads(rank), thread = static_cast<int>(threadIdx.x);
   const uint16_t* const kv = args.kv + row * args.kv_stride;
-  const int64_t block = sequence.block_table[sequence.position / kCacheBlockTokens];
-  uint16_t* const to =
-      args.cache +
-      (block * kCacheBlockTokens + sequence.position % kCacheBlockTokens) * (rank + args.rope);
   int at[kStatisticsVectors];
   RowVector x[kStatisticsVectors];
+  float weight[kStatisticsVectors][kVectorElements];
 #pragma unroll
   for (int v = 0; v < kStatisticsVectors; ++v) {
     // Threads beyond the tree's hold nothing.
     at[v] = thread < threads ? (thread + v * threads) * kVectorElements : rank;
     x[v] = LoadVector<kAligned>(kv, at[v], rank);
+    LoadWeights<kAligned>(args.kv_norm, at[v], rank, weight[v]);
   }
   // The rope key, from the last thread down, which has least to do otherwise.
   const int key_vector = kThreads - 1 - thread;
   const bool has_key = key_vector < args.vectors_per_head;
   const int key_at = has_key ? key_vector * kVectorElements : args.rope;
   const RowVector key = LoadVector<kAligned>(kv + rank, key_at, args.rope);
+  const SequenceRow sequence = args.rows[row];
+  const int64_t block = sequence.block_table[sequence.position / kCacheBlockTokens];
+  uint16_t* const to =
+      args.cache +
+      (block * kCacheBlockTokens + sequence.position % kCacheBlockTokens) * (rank + args.rope);
+  const RowVector rotated = Rotate<kAligned>(
+      key, args.cos_sin + static_cast<int64_t>(sequence.position) * args.rope, key_at, args.rope);
 
   float squares = 0.0f;
 #pragma unroll
@@ -76,27 +78,21 @@ __device__ void WriteCacheRow(const Args& args, int row, const float* cos_sin,
   const float inverse = InverseRms(FoldBlock(squares, parts), rank, args.eps);
 #pragma unroll
   for (int v = 0; v < kStatisticsVectors; ++v) {
-    float weight[kVectorElements];
-    LoadWeights<kAligned>(args.kv_norm, at[v], rank, weight);
-    const RowVector normed =
-        RoundedVector([&](int i) { return __fmul_rn(__fmul_rn(x[v].At(i), inverse), weight[i]); });
+    const RowVector normed = RoundedVector(
+        [&](int i) { return __fmul_rn(__fmul_rn(x[v].At(i), inverse), weight[v][i]); });
     StoreVector<kAligned>(normed, to, at[v], rank);
   }
-  StoreVector<kAligned>(Rotate<kAligned>(key, cos_sin, key_at, args.rope), to + rank, key_at,
-                        args.rope);
+  StoreVector<kAligned>(rotated, to + rank, key_at, args.rope);
 }
 
 // Block (row, 0) writes the cache row, block (row, 1 + i) rotates vectors i * 256 .. of q's heads.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) RopeAndCache(const Args args) {
   __shared__ __align__(16) float parts[32];
-  LetNextKernelStart();
   WaitForPrecedingKernel();
   const int row = static_cast<int>(blockIdx.x);
-  const SequenceRow sequence = args.rows[row];
-  const float* const cos_sin = args.cos_sin + static_cast<int64_t>(sequence.position) * args.rope;
   if (blockIdx.y == 0) {
-    WriteCacheRow<kAligned>(args, row, cos_sin, sequence, parts);
+    WriteCacheRow<kAligned>(args, row, parts);
     return;
   }
   const int vector = static_cast<int>((blockIdx.y - 1) * kThreads + threadIdx.x);
@@ -107,7 +103,11 @@ __global__ void __launch_bounds__(kThreads) RopeAndCache(const Args args) {
   const uint16_t* const from = args.q + row_head * (args.nope + args.rope) + args.nope;
   uint16_t* const to = args.q_absorbed + row_head * (args.rank + args.rope) + args.rank;
   const RowVector x = LoadVector<kAligned>(from, at, args.rope);
-  StoreVector<kAligned>(Rotate<kAligned>(x, cos_sin, at, args.rope), to, at, args.rope);
+  const float* const cos_sin =
+      args.cos_sin + static_cast<int64_t>(args.rows[row].position) * args.rope;
+  const RowVector rotated = Rotate<kAligned>(x, cos_sin, at, args.rope);
+  LetNextKernelStart();
+  StoreVector<kAligned>(rotated, to, at, args.rope);
 }
 
 absl::Status Validate(const RopeAndCacheParams& p) {

@@ -86,7 +86,6 @@ template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) RowDigest(const Args args) {
   __shared__ uint64_t secret[xxh3::kSecretWords];
   __shared__ uint64_t sums[kMaxBlocks][xxh3::kStripeLanes];
-  LetNextKernelStart();
   WaitForPrecedingKernel();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t at = blockIdx.x;
@@ -99,6 +98,7 @@ __global__ void __launch_bounds__(kThreads) RowDigest(const Args args) {
   }
   if (thread < xxh3::kSecretWords) secret[thread] = xxh3::SeededSecretWord(thread, seed);
   __syncthreads();
+  LetNextKernelStart();
   // The last block ends before the last byte; what it leaves of a stripe is in the last stripe.
   const int blocks = (bytes - 1) / xxh3::kBlockBytes + 1;
   for (int block = thread / 32; block < blocks; block += kWarps) {

@@ -26,7 +26,6 @@ struct Args {
 // Block (row, i) computes 1,024 neighbouring elements, 8 a thread.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) SwiGlu(const Args args) {
-  LetNextKernelStart();
   WaitForPrecedingKernel();
   const int64_t row = blockIdx.x;
   const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
@@ -38,6 +37,7 @@ __global__ void __launch_bounds__(kThreads) SwiGlu(const Args args) {
     const float silu = __fdiv_rn(z, __fadd_rn(1.0f, ExactExp(-z)));
     return __fmul_rn(silu, up.At(i));
   });
+  LetNextKernelStart();
   if (args.out != nullptr) StoreVector<kAligned>(out, args.out + row * args.dim, at, args.dim);
   if (args.codes != nullptr) {
     QuantizeVector<kAligned>(out, at, args.dim, args.power_of_two, args.codes + row * args.dim,

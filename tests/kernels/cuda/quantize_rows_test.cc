@@ -121,7 +121,7 @@ TEST_F(QuantizeRowsTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
 TEST_F(QuantizeRowsTest, DispatchPutsEveryRowInEachOfItsPlacesAndNowhereElse) {
   for (const int64_t dim : {7168, 1040, 333}) {
     const int64_t m = 131, blocks = CeilDiv(dim, 128);
-    const int num_targets = 9;
+    const int num_targets = 19;
     const RowPool pool(dim, 5);
     const Expected expected(pool, true);
     const DeviceBuffer<Bf16> x(pool.Batch(m, 0));
@@ -130,43 +130,43 @@ TEST_F(QuantizeRowsTest, DispatchPutsEveryRowInEachOfItsPlacesAndNowhereElse) {
     std::vector<std::unique_ptr<DeviceBuffer<E4m3>>> codes;
     std::vector<std::unique_ptr<DeviceBuffer<float>>> scales;
     std::vector<std::vector<int64_t>> sources(num_targets);
-    std::vector<int32_t> entry_begin = {0};
-    std::vector<DispatchEntry> entries;
+    std::vector<int32_t> copy_begin = {0};
+    std::vector<std::pair<int, int64_t>> places;  // target and row there
     Prng random(6);
     for (int64_t row = 0; row < m; ++row) {
       const uint64_t chance = random.Below(4);  // some rows go nowhere, some everywhere
       for (int t = 0; t < num_targets; ++t) {
         if (random.Below(4) >= chance) continue;
         auto& rows = sources[static_cast<size_t>(t)];
-        entries.push_back({t, static_cast<int32_t>(rows.size())});
+        places.push_back({t, static_cast<int64_t>(rows.size())});
         rows.push_back(row);
       }
-      entry_begin.push_back(static_cast<int32_t>(entries.size()));
+      copy_begin.push_back(static_cast<int32_t>(places.size()));
     }
-    std::vector<DispatchTarget> targets;
     for (int t = 0; t < num_targets; ++t) {
       const auto rows = sources[static_cast<size_t>(t)].size();
       codes.push_back(
           std::make_unique<DeviceBuffer<E4m3>>(rows * static_cast<size_t>(code_stride) + 4));
       scales.push_back(
           std::make_unique<DeviceBuffer<float>>(rows * static_cast<size_t>(scale_stride)));
-      targets.push_back({codes.back()->get() + (t == 4 ? 4 : 0), code_stride, scales.back()->get(),
-                         scale_stride});
     }
-    const DeviceBuffer<int32_t> device_begin(entry_begin);
-    const DeviceBuffer<DispatchEntry> device_entries(entries);
-    const DeviceBuffer<DispatchTarget> device_targets(targets);
+    std::vector<RowCopy> copies;
+    for (const auto& [t, row] : places) {
+      copies.push_back({codes[static_cast<size_t>(t)]->get() + (t == 4 ? 4 : 0) + row * code_stride,
+                        scales[static_cast<size_t>(t)]->get() + row * scale_stride});
+    }
+    const DeviceBuffer<int32_t> device_begin(copy_begin);
+    const DeviceBuffer<RowCopy> device_copies(copies);
     DispatchRowsParams params;
     params.m = m;
     params.dim = params.x_stride = dim;
     params.x = x.get();
-    params.entry_begin = device_begin.get();
-    params.entries = device_entries.get();
-    params.targets = device_targets.get();
+    params.copy_begin = device_begin.get();
+    params.copies = device_copies.get();
     params.power_of_two_scales = true;
     ASSERT_STATUS_OK(LaunchDispatchRows(params, nullptr));
     ASSERT_CUDA_OK(cudaStreamSynchronize(nullptr));
-    size_t copies = 0;
+    size_t compared = 0;
     for (int t = 0; t < num_targets; ++t) {
       std::vector<E4m3> code = codes[static_cast<size_t>(t)]->Download();
       const std::vector<float> scale = scales[static_cast<size_t>(t)]->Download();
@@ -175,7 +175,7 @@ TEST_F(QuantizeRowsTest, DispatchPutsEveryRowInEachOfItsPlacesAndNowhereElse) {
       RowHashes hashes(static_cast<int64_t>(rows.size()));
       hashes.Add(code, dim, code_stride);
       hashes.Add(scale, blocks, scale_stride);
-      for (size_t i = 0; i < rows.size(); ++i, ++copies) {
+      for (size_t i = 0; i < rows.size(); ++i, ++compared) {
         ASSERT_EQ(hashes.hashes()[i],
                   expected.hashes[static_cast<size_t>(RowPool::Row(rows[i], 0))])
             << "target " << t << ", row " << i;
@@ -184,7 +184,7 @@ TEST_F(QuantizeRowsTest, DispatchPutsEveryRowInEachOfItsPlacesAndNowhereElse) {
         }
       }
     }
-    EXPECT_EQ(copies, entries.size());
+    EXPECT_EQ(compared, places.size());
   }
 }
 
@@ -208,9 +208,8 @@ TEST_F(QuantizeRowsTest, ArgumentsThatItCannotTakeAreRefusedByName) {
   dispatch.m = 1;
   dispatch.dim = dispatch.x_stride = 64;
   dispatch.x = rows.get();
-  EXPECT_NE(
-      std::string(LaunchDispatchRows(dispatch, nullptr).message()).find("entry_begin is null"),
-      std::string::npos);
+  EXPECT_NE(std::string(LaunchDispatchRows(dispatch, nullptr).message()).find("copy_begin is null"),
+            std::string::npos);
 }
 
 }  // namespace
