@@ -11,7 +11,6 @@
 #include "base/prng.h"
 #include "bench/cuda/benches.h"
 #include "kernels/cuda/combine/combine.h"
-#include "kernels/cuda/combine/combine_norm.h"
 #include "kernels/cuda/embedding/embedding.h"
 #include "kernels/cuda/quantize_rows/quantize_rows.h"
 #include "kernels/cuda/residual/residual.h"
@@ -219,31 +218,6 @@ void MeasureCombine(Report& report, int64_t m, bool residual) {
       m == 128 && !residual ? 5 : 0, m == 128 && !residual ? "good 7, excellent 5" : "");
 }
 
-// With the residual, the next layer's norm and its quantisation.
-void MeasureCombineNorm(Report& report, int64_t m) {
-  const double bytes = static_cast<double>(m) * (2.0 * kHidden * (kTopK + 3) + kTopK * 12.0 +
-                                                 kHidden + 4.0 * Blocks(kHidden));
-  const int64_t copies = Copies(bytes), size = m * kHidden;
-  const DeviceArray<Bf16> rows = RandomBf16(copies * kTopK * size, 1);
-  const DeviceArray<Bf16> shared = RandomBf16(copies * size, 2), h = RandomBf16(copies * size, 3);
-  const DeviceArray<E4m3> codes(copies * size);
-  const DeviceArray<float> scales(copies * m * Blocks(kHidden));
-  const DeviceArray<float> weight = RandomFloats(kHidden, 4);
-  const Choices choices(m);
-  Measure(report, "combine_norm", absl::StrCat(kHidden, " x 8 rows, to codes, M=", m), bytes,
-          [&](int64_t i, cudaStream_t stream) {
-            cuda::CombineNormParams p;
-            p.combine = choices.Params();
-            p.combine.buffer = rows.get() + i * kTopK * size;
-            p.combine.shared = shared.get() + i * size;
-            p.combine.h = h.get() + i * size;
-            p.weight = weight.get();
-            p.codes = codes.get() + i * size;
-            p.scales = scales.get() + i * m * Blocks(kHidden);
-            return cuda::LaunchCombineNorm(p, stream);
-          });
-}
-
 void MeasureRope(Report& report, int64_t m, int64_t heads) {
   kernels::MlaDims dims;
   dims.num_heads = heads;
@@ -399,7 +373,6 @@ void BenchCombine(Report& report) {
   for (const bool residual : {false, true}) {
     for (const int64_t m : kRows) MeasureCombine(report, m, residual);
   }
-  for (const int64_t m : kRows) MeasureCombineNorm(report, m);
 }
 
 void BenchRopeAndCache(Report& report) {

@@ -1,7 +1,6 @@
 #include "kernels/cuda/combine/combine.h"
 
 #include "base/status_macros.h"
-#include "kernels/cuda/combine/combine_arguments.h"
 #include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/canonical_sum.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
@@ -50,26 +49,24 @@ auto Select(bool aligned, bool whole) {
   return whole ? Combine<true, true, kResidual> : Combine<true, false, kResidual>;
 }
 
-}  // namespace
-
-absl::Status ValidateCombine(const char* op, const CombineParams& p) {
-  RETURN_IF_ERROR(CheckRange(op, "m", p.m, 0, INT32_MAX));
-  RETURN_IF_ERROR(CheckRange(op, "dim", p.dim, 1, 1 << 20));
-  RETURN_IF_ERROR(CheckRange(op, "top_k", p.top_k, 1, kCombineMaxTopK));
-  RETURN_IF_ERROR(CheckRange(op, "experts_per_group", p.experts_per_group, 1, INT32_MAX));
-  RETURN_IF_ERROR(CheckPointer(op, "experts", p.experts, 4));
-  RETURN_IF_ERROR(CheckPointer(op, "weights", p.weights, 4));
+absl::Status Validate(const CombineParams& p) {
+  RETURN_IF_ERROR(CheckRange(kOp, "m", p.m, 0, INT32_MAX));
+  RETURN_IF_ERROR(CheckRange(kOp, "dim", p.dim, 1, 1 << 20));
+  RETURN_IF_ERROR(CheckRange(kOp, "top_k", p.top_k, 1, kCombineMaxTopK));
+  RETURN_IF_ERROR(CheckRange(kOp, "experts_per_group", p.experts_per_group, 1, INT32_MAX));
+  RETURN_IF_ERROR(CheckPointer(kOp, "experts", p.experts, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "weights", p.weights, 4));
   if (p.rows != nullptr) {
     if (p.buffer != nullptr || p.row_index != nullptr) {
-      return Refuse(op, "both rows and buffer or row_index are set");
+      return Refuse(kOp, "both rows and buffer or row_index are set");
     }
-    RETURN_IF_ERROR(CheckPointer(op, "rows", p.rows, 8));
+    RETURN_IF_ERROR(CheckPointer(kOp, "rows", p.rows, 8));
   } else {
-    RETURN_IF_ERROR(CheckPointer(op, "buffer", p.buffer, 2));
-    RETURN_IF_ERROR(CheckPointer(op, "row_index", p.row_index, 4));
+    RETURN_IF_ERROR(CheckPointer(kOp, "buffer", p.buffer, 2));
+    RETURN_IF_ERROR(CheckPointer(kOp, "row_index", p.row_index, 4));
   }
-  if ((p.shared == nullptr) != (p.h == nullptr)) return Refuse(op, "one of shared and h is null");
-  if (p.out == nullptr && p.shared == nullptr) return Refuse(op, "out is null");
+  if ((p.shared == nullptr) != (p.h == nullptr)) return Refuse(kOp, "one of shared and h is null");
+  if (p.out == nullptr && p.shared == nullptr) return Refuse(kOp, "out is null");
   return absl::OkStatus();
 }
 
@@ -83,7 +80,7 @@ ExpertRows ToExpertRows(const CombineParams& p) {
           reinterpret_cast<const uint16_t* const*>(p.rows)};
 }
 
-bool CombineIsAligned(const CombineParams& p) {
+bool Aligned(const CombineParams& p) {
   for (const void* rows : {static_cast<const void*>(p.buffer), static_cast<const void*>(p.out),
                            static_cast<const void*>(p.shared), static_cast<const void*>(p.h)}) {
     if (!VectorsAreAligned(rows, p.dim, p.dim)) return false;
@@ -91,12 +88,14 @@ bool CombineIsAligned(const CombineParams& p) {
   return true;
 }
 
+}  // namespace
+
 absl::Status LaunchCombine(const CombineParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
-  RETURN_IF_ERROR(ValidateCombine(kOp, p));
+  RETURN_IF_ERROR(Validate(p));
   const Args args{ToExpertRows(p), static_cast<int>(p.dim), reinterpret_cast<uint16_t*>(p.out),
                   reinterpret_cast<const uint16_t*>(p.shared), reinterpret_cast<uint16_t*>(p.h)};
-  const bool aligned = CombineIsAligned(p);
+  const bool aligned = Aligned(p);
   constexpr int kBlockElements = kThreads * kVectorElements;
   const dim3 grid(static_cast<unsigned>(p.m),
                   static_cast<unsigned>((p.dim + kBlockElements - 1) / kBlockElements));

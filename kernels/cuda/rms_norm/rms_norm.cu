@@ -5,13 +5,78 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/dependent_launch.cuh"
-#include "kernels/cuda/device/norm_row.cuh"
+#include "kernels/cuda/device/quantizer.cuh"
+#include "kernels/cuda/device/row_statistics.cuh"
 
 namespace moebius::kernels::cuda {
 namespace {
 
 constexpr char kOp[] = "RmsNorm";
 static_assert(kRmsNormMaxDim <= kStatisticsMaxDim);
+
+struct NormOutputs {
+  const float* weight;  // [dim]
+  float eps;
+  uint16_t* out;  // [m, dim], row stride out_stride; or nullptr
+  int64_t out_stride;
+  uint8_t* codes;  // [m, dim] dense; or nullptr
+  float* scales;
+  bool power_of_two;
+};
+
+// The elements at which a thread's vectors begin.
+struct NormVectors {
+  int at[kStatisticsVectors];
+  __device__ __forceinline__ NormVectors() {
+#pragma unroll
+    for (int v = 0; v < kStatisticsVectors; ++v)
+      at[v] = static_cast<int>(threadIdx.x + v * blockDim.x) * kVectorElements;
+  }
+};
+
+template <bool kAligned>
+__device__ __forceinline__ void LoadRowWeights(
+    const NormOutputs& to, const NormVectors& vectors, int dim,
+    float (&weight)[kStatisticsVectors][kVectorElements]) {
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v)
+    LoadWeights<kAligned>(to.weight, vectors.at[v], dim, weight[v]);
+}
+
+// Where a thread's weights come from: the caller has them; loaded before the statistics, to hide
+// their latency; or after, to save registers.
+enum class WeightsAre { kGiven, kLoadedEarly, kLoadedLate };
+
+// `parts`: see FoldBlock.
+template <bool kAligned, WeightsAre kWeights>
+__device__ __forceinline__ void NormalizeRow(const NormOutputs& to, int row, int dim,
+                                             const NormVectors& vectors,
+                                             const RowVector (&x)[kStatisticsVectors],
+                                             float (&weight)[kStatisticsVectors][kVectorElements],
+                                             float* parts) {
+  if constexpr (kWeights == WeightsAre::kLoadedEarly)
+    LoadRowWeights<kAligned>(to, vectors, dim, weight);
+  float squares = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v) squares = AddSquares(x[v], squares);
+  const float inverse = InverseRms(FoldBlock(squares, parts), dim, to.eps);
+  const int64_t dense = static_cast<int64_t>(row) * dim;
+#pragma unroll
+  for (int v = 0; v < kStatisticsVectors; ++v) {
+    const int at = vectors.at[v];
+    if constexpr (kWeights == WeightsAre::kLoadedLate)
+      LoadWeights<kAligned>(to.weight, at, dim, weight[v]);
+    const RowVector normed = RoundedVector(
+        [&](int i) { return __fmul_rn(__fmul_rn(x[v].At(i), inverse), weight[v][i]); });
+    if (to.out != nullptr) StoreVector<kAligned>(normed, to.out + row * to.out_stride, at, dim);
+    if (to.codes != nullptr) {
+      // What lies past the end must not reach the last block's scale: 0 * infinity is NaN.
+      QuantizeVector<kAligned>(WithoutTail<kAligned>(normed, at, dim), at, dim, to.power_of_two,
+                               to.codes + dense,
+                               to.scales + static_cast<int64_t>(row) * ((dim + 127) / 128));
+    }
+  }
+}
 
 struct Args {
   int m, dim;
@@ -38,9 +103,7 @@ __global__ void __launch_bounds__(1024) RmsNorm(const Args args) {
   const int dim = args.dim, rows_apart = static_cast<int>(gridDim.x);
   const NormVectors vectors;
   float weight[kVectors][kVectorElements];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v)
-    LoadWeights<kAligned>(args.to.weight, vectors.at[v], dim, weight[v]);
+  LoadRowWeights<kAligned>(args.to, vectors, dim, weight);
   WaitForPrecedingKernel();
 
   int row = static_cast<int>(blockIdx.x), buffer = 0;
@@ -63,14 +126,20 @@ __global__ void __launch_bounds__(1024) RmsNorm(const Args args) {
 }
 
 // A block takes one row. kBlocks blocks of kThreads threads share a multiprocessor: three, for many
-// rows of up to 7,168 elements, leave no registers for weights that are loaded early.
+// rows, leave no registers for weights that are loaded early.
 template <bool kAligned, bool kShared, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) AddRmsNorm(const Args args) {
   __shared__ __align__(16) float parts[32];
   constexpr int kVectors = kStatisticsVectors;
   const int dim = args.dim, row = static_cast<int>(blockIdx.x);
   const int64_t dense = static_cast<int64_t>(row) * dim;
+  constexpr WeightsAre kWeights = !kAligned || kBlocks == 3 ? WeightsAre::kLoadedLate
+                                  : kThreads <= 512         ? WeightsAre::kGiven
+                                                            : WeightsAre::kLoadedEarly;
   const NormVectors vectors;
+  float weight[kVectors][kVectorElements];
+  if constexpr (kWeights == WeightsAre::kGiven)
+    LoadRowWeights<kAligned>(args.to, vectors, dim, weight);
   WaitForPrecedingKernel();
   RowVector x[kVectors], add[kVectors], shared[kVectors];
   LoadRow<kAligned>(args.x + row * args.x_stride, vectors, dim, x);
@@ -85,9 +154,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) AddRmsNorm(const Args args)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v)
     StoreVector<kAligned>(x[v], args.sum + dense, vectors.at[v], dim);
-  float weight[kVectors][kVectorElements];
-  constexpr WeightsAre kWeights =
-      kAligned && kBlocks == 1 ? WeightsAre::kLoadedEarly : WeightsAre::kLoadedLate;
   NormalizeRow<kAligned, kWeights>(args.to, row, dim, vectors, x, weight, parts);
 }
 
@@ -95,9 +161,9 @@ template <bool kShared>
 auto SelectAddition(const RmsNormParams& p, bool aligned) {
   constexpr int kNarrow = StatisticsThreads(7168);
   if (!aligned) return AddRmsNorm<false, kShared, 1024, 1>;
-  if (StatisticsThreads(p.dim) > kNarrow || p.m <= 2 * MultiprocessorCount())
-    return AddRmsNorm<true, kShared, 1024, 1>;
-  return AddRmsNorm<true, kShared, kNarrow, 3>;
+  if (StatisticsThreads(p.dim) > kNarrow) return AddRmsNorm<true, kShared, 1024, 1>;
+  const bool few = p.m <= 2 * MultiprocessorCount();
+  return few ? AddRmsNorm<true, kShared, kNarrow, 1> : AddRmsNorm<true, kShared, kNarrow, 3>;
 }
 
 auto Select(const RmsNormParams& p, bool aligned) {

@@ -12,6 +12,7 @@ namespace {
 
 constexpr char kOp[] = "RopeAndCache";
 constexpr int kThreads = 256;
+constexpr int kQueryVectors = 4;  // a thread has in flight
 constexpr int64_t kMaxRank = kThreads * kStatisticsVectors * kVectorElements;
 
 struct Args {
@@ -85,7 +86,36 @@ __device__ __forceinline__ void WriteCacheRow(const Args& args, int row, float* 
   StoreVector<kAligned>(rotated, to + rank, key_at, args.rope);
 }
 
-// Block (row, 0) writes the cache row, block (row, 1 + i) rotates vectors i * 256 .. of q's heads.
+// Rotates the vectors first, + 256, .. of a row's heads.
+template <bool kAligned>
+__device__ __forceinline__ void RotateQuery(const Args& args, int row, int first) {
+  RowVector x[kQueryVectors];
+  int64_t row_head[kQueryVectors];
+  int at[kQueryVectors];
+#pragma unroll
+  for (int i = 0; i < kQueryVectors; ++i) {
+    const int vector = first + i * kThreads;
+    const int head = vector / args.vectors_per_head;
+    row_head[i] = static_cast<int64_t>(row) * args.heads + head;
+    // Past the last head there is nothing to read or write.
+    at[i] = head < args.heads ? vector % args.vectors_per_head * kVectorElements : args.rope;
+    x[i] = LoadVector<kAligned>(args.q + row_head[i] * (args.nope + args.rope) + args.nope, at[i],
+                                args.rope);
+  }
+  const float* const cos_sin =
+      args.cos_sin + static_cast<int64_t>(args.rows[row].position) * args.rope;
+#pragma unroll
+  for (int i = 0; i < kQueryVectors; ++i) x[i] = Rotate<kAligned>(x[i], cos_sin, at[i], args.rope);
+  LetNextKernelStart();
+#pragma unroll
+  for (int i = 0; i < kQueryVectors; ++i) {
+    StoreVector<kAligned>(x[i], args.q_absorbed + row_head[i] * (args.rank + args.rope) + args.rank,
+                          at[i], args.rope);
+  }
+}
+
+// Block (row, 0) writes the cache row, block (row, 1 + i) rotates vectors i * 1,024 .. of q's
+// heads.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) RopeAndCache(const Args args) {
   __shared__ __align__(16) float parts[32];
@@ -93,21 +123,10 @@ __global__ void __launch_bounds__(kThreads) RopeAndCache(const Args args) {
   const int row = static_cast<int>(blockIdx.x);
   if (blockIdx.y == 0) {
     WriteCacheRow<kAligned>(args, row, parts);
-    return;
+  } else {
+    RotateQuery<kAligned>(
+        args, row, static_cast<int>((blockIdx.y - 1) * kThreads * kQueryVectors + threadIdx.x));
   }
-  const int vector = static_cast<int>((blockIdx.y - 1) * kThreads + threadIdx.x);
-  const int head = vector / args.vectors_per_head;
-  if (head >= args.heads) return;
-  const int at = vector % args.vectors_per_head * kVectorElements;
-  const int64_t row_head = static_cast<int64_t>(row) * args.heads + head;
-  const uint16_t* const from = args.q + row_head * (args.nope + args.rope) + args.nope;
-  uint16_t* const to = args.q_absorbed + row_head * (args.rank + args.rope) + args.rank;
-  const RowVector x = LoadVector<kAligned>(from, at, args.rope);
-  const float* const cos_sin =
-      args.cos_sin + static_cast<int64_t>(args.rows[row].position) * args.rope;
-  const RowVector rotated = Rotate<kAligned>(x, cos_sin, at, args.rope);
-  LetNextKernelStart();
-  StoreVector<kAligned>(rotated, to, at, args.rope);
 }
 
 absl::Status Validate(const RopeAndCacheParams& p) {
@@ -157,8 +176,9 @@ absl::Status LaunchRopeAndCache(const RopeAndCacheParams& p, cudaStream_t stream
   args.rows = p.rows;
   args.cache = reinterpret_cast<uint16_t*>(p.cache);
   const int vectors = args.heads * args.vectors_per_head;
+  constexpr int kBlockVectors = kThreads * kQueryVectors;
   const dim3 grid(static_cast<unsigned>(p.m),
-                  static_cast<unsigned>(1 + (vectors + kThreads - 1) / kThreads));
+                  static_cast<unsigned>(1 + (vectors + kBlockVectors - 1) / kBlockVectors));
   const auto kernel = Aligned(p) ? RopeAndCache<true> : RopeAndCache<false>;
   return LaunchDependent(kOp, kernel, grid, kThreads, stream, args);
 }

@@ -3,8 +3,6 @@
 #include <cstdio>
 #include <set>
 
-#include "kernels/cuda/combine/combine_norm.h"
-#include "kernels/cuda/rms_norm/rms_norm.h"
 #include "kernels/reference/dense.h"
 #include "kernels/reference/experts.h"
 #include "tests/kernels/cuda/gpu_test.h"
@@ -163,76 +161,6 @@ TEST_F(CombineTest, ATokenHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
       hashes.Add(result.h, dim, dim);
       return hashes.hashes();
     });
-  }
-}
-
-TEST_F(CombineTest, WithTheNextNormItGivesTheBitsOfTheTwoKernels) {
-  for (const Shape s : {Shape{5, 7168, 8, 256, 32}, Shape{300, 1040, 8, 256, 32},
-                        Shape{33, 8, 6, 64, 8}, Shape{17, 8192, 9, 40, 4}}) {
-    const RowPool pool(s.dim, 1), shared_pool(s.dim, 2), h_pool(s.dim, 3);
-    const Tokens tokens(s, 10);
-    Prng random(11);
-    const auto elements = static_cast<size_t>(s.m * s.dim);
-    const auto blocks = static_cast<size_t>(s.m * CeilDiv(s.dim, 128));
-    const DeviceBuffer<float> weight(RandomFloats(random, static_cast<size_t>(s.dim)));
-    const DeviceBuffer<Bf16> buffer(pool.Batch(RowPool::kRows, 0)),
-        shared(shared_pool.Batch(s.m, 0));
-    const DeviceBuffer<ExpertId> experts(tokens.experts);
-    const DeviceBuffer<float> weights(tokens.weights);
-    const DeviceBuffer<int32_t> index(tokens.index);
-    struct Results {
-      Results(const std::vector<Bf16>& rows, size_t elements, size_t blocks)
-          : h(rows), routed(elements), out(elements), codes(elements), scales(blocks) {}
-      DeviceBuffer<Bf16> h, routed, out;
-      DeviceBuffer<E4m3> codes;
-      DeviceBuffer<float> scales;
-    };
-    const Results two(h_pool.Batch(s.m, 0), elements, blocks);
-    const Results one(h_pool.Batch(s.m, 0), elements, blocks);
-    const auto combine = [&](const Results& to) {
-      CombineParams p;
-      p.m = s.m;
-      p.dim = s.dim;
-      p.top_k = s.top_k;
-      p.experts_per_group = s.per_group;
-      p.experts = experts.get();
-      p.weights = weights.get();
-      p.buffer = buffer.get();
-      p.row_index = index.get();
-      p.shared = shared.get();
-      p.out = to.routed.get();
-      p.h = to.h.get();
-      return p;
-    };
-    ASSERT_STATUS_OK(LaunchCombine(combine(two), nullptr));
-    RmsNormParams norm;
-    norm.m = s.m;
-    norm.dim = norm.x_stride = norm.out_stride = s.dim;
-    norm.x = two.h.get();
-    norm.weight = weight.get();
-    norm.out = two.out.get();
-    norm.codes = two.codes.get();
-    norm.scales = two.scales.get();
-    ASSERT_STATUS_OK(LaunchRmsNorm(norm, nullptr));
-    CombineNormParams both;
-    both.combine = combine(one);
-    both.weight = weight.get();
-    both.out = one.out.get();
-    both.codes = one.codes.get();
-    both.scales = one.scales.get();
-    ASSERT_STATUS_OK(LaunchCombineNorm(both, nullptr));
-    EXPECT_EQ(HashOf(one.routed.Download()), HashOf(two.routed.Download()));
-    EXPECT_EQ(HashOf(one.h.Download()), HashOf(two.h.Download()));
-    EXPECT_EQ(HashOf(one.out.Download()), HashOf(two.out.Download()));
-    EXPECT_EQ(HashOf(one.codes.Download()), HashOf(two.codes.Download()));
-    EXPECT_EQ(HashOf(one.scales.Download()), HashOf(two.scales.Download()));
-    both.combine.dim = 8200;
-    EXPECT_NE(std::string(LaunchCombineNorm(both, nullptr).message()).find("dim is 8200"),
-              std::string::npos);
-    both.combine.dim = s.dim;
-    both.combine.buffer += 1;
-    EXPECT_NE(std::string(LaunchCombineNorm(both, nullptr).message()).find("not 16-aligned"),
-              std::string::npos);
   }
 }
 

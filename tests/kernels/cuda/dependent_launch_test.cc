@@ -14,7 +14,7 @@ namespace moebius::kernels::cuda {
 namespace {
 
 constexpr int64_t kDim = 1024;
-constexpr int kRounds = 300;
+constexpr int kRounds = 100;
 
 class DependentLaunchTest : public GpuTest {
  protected:

@@ -218,6 +218,22 @@ TEST_F(RmsNormTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
   }
 }
 
+TEST_F(RmsNormTest, AtTheWidthOfDeepSeekV3Too) {
+  const int64_t dim = 7168;
+  const RowPool x(dim, 10), add(dim, 11), shared(dim, 12);
+  const std::vector<float> weight = RandomWeight(dim);
+  for (const Addition addition : {Addition::kNone, Addition::kResidual}) {
+    ExpectRowRule(
+        "RMSNorm", dim,
+        [&](int64_t m, int64_t shift) {
+          Batch batch({m, dim, 0, addition, true}, x, add, shared, shift, weight);
+          batch.Run();
+          return batch.Hashes();
+        },
+        512);
+  }
+}
+
 TEST_F(RmsNormTest, ArgumentsThatItCannotTakeAreRefusedByName) {
   RmsNormParams params;
   EXPECT_TRUE(LaunchRmsNorm(params, nullptr).ok()) << "no rows";
