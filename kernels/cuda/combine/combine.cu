@@ -26,6 +26,7 @@ template <bool kAligned, bool kWhole, bool kResidual>
 __global__ void __launch_bounds__(kThreads, !kAligned   ? 1
                                             : kResidual ? 6
                                                         : 7) Combine(const Args args) {
+  LetNextKernelStart();
   WaitForPrecedingKernel();
   const int64_t token = blockIdx.x;
   const int64_t dense = token * args.dim;
@@ -36,7 +37,6 @@ __global__ void __launch_bounds__(kThreads, !kAligned   ? 1
     h = LoadVector<kAligned>(args.h + dense, at, args.dim);
   }
   const RowVector routed = CanonicalSum<kAligned, kWhole>(args.in, token, at, args.dim);
-  LetNextKernelStart();
   if (args.out != nullptr) StoreVector<kAligned>(routed, args.out + dense, at, args.dim);
   if constexpr (kResidual) {
     StoreVector<kAligned>(AddVectors(h, AddVectors(routed, shared)), args.h + dense, at, args.dim);

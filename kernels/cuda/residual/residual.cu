@@ -21,6 +21,7 @@ struct Args {
 // Rows are dense, so they are one row of m * dim elements; a block adds 1,024 of them.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) Residual(const Args args) {
+  LetNextKernelStart();
   WaitForPrecedingKernel();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads * kVectorElements;
   const int left = static_cast<int>(min(args.count - begin, int64_t{kThreads * kVectorElements}));
@@ -30,7 +31,6 @@ __global__ void __launch_bounds__(kThreads) Residual(const Args args) {
   if (args.shared != nullptr) {
     y = AddVectors(y, LoadVector<kAligned>(args.shared + begin, at, left));
   }
-  LetNextKernelStart();
   StoreVector<kAligned>(AddVectors(h, y), args.h + begin, at, left);
 }
 
