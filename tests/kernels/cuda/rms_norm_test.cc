@@ -1,5 +1,6 @@
 #include "kernels/cuda/rms_norm/rms_norm.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "kernels/reference/dense.h"
@@ -232,6 +233,45 @@ TEST_F(RmsNormTest, AtTheWidthOfDeepSeekV3Too) {
         },
         512);
   }
+}
+
+TEST_F(RmsNormTest, AnOrderThatDependsOnTheBatchIsSeen) {
+  // The same rows with their elements moved round by 8 * m: the same numbers, added in an order
+  // that depends on m.
+  const int64_t dim = 7168;
+  const RowPool x(dim, 13);
+  const std::vector<float> weight = RandomWeight(dim);
+  const auto run = [&](int64_t m, int64_t shift) {
+    const int64_t by = m == 1 ? 0 : 8 * m % dim;
+    std::vector<Bf16> rows = x.Batch(m, shift);
+    for (int64_t i = 0; i < m; ++i) {
+      std::rotate(rows.begin() + i * dim, rows.begin() + i * dim + by,
+                  rows.begin() + (i + 1) * dim);
+    }
+    std::vector<float> moved_weight = weight;
+    std::rotate(moved_weight.begin(), moved_weight.begin() + by, moved_weight.end());
+    const DeviceBuffer<Bf16> in(rows), out(static_cast<size_t>(m * dim));
+    const DeviceBuffer<float> device_weight(moved_weight);
+    RmsNormParams params;
+    params.m = m;
+    params.dim = params.x_stride = params.out_stride = dim;
+    params.x = in.get();
+    params.weight = device_weight.get();
+    params.out = out.get();
+    EXPECT_TRUE(LaunchRmsNorm(params, nullptr).ok());
+    std::vector<Bf16> found = out.Download();
+    for (int64_t i = 0; i < m; ++i) {
+      std::rotate(found.begin() + i * dim, found.begin() + (i + 1) * dim - by,
+                  found.begin() + (i + 1) * dim);
+    }
+    RowHashes hashes(m);
+    hashes.Add(found, dim, dim);
+    return hashes.hashes();
+  };
+  int64_t rows = 0;
+  const std::string breach = FindRowRuleBreach(run, 512, &rows);
+  std::printf("seen at %s\n", breach.c_str());
+  EXPECT_NE(breach, "");
 }
 
 TEST_F(RmsNormTest, ArgumentsThatItCannotTakeAreRefusedByName) {

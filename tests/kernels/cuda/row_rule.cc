@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "absl/strings/str_cat.h"
+
 namespace moebius::kernels::cuda {
 namespace {
 
@@ -48,26 +50,29 @@ std::vector<float> RowPool::Floats(int64_t row) const {
   return floats;
 }
 
-void ExpectRowRule(const char* what, int64_t values,
-                   const std::function<std::vector<uint64_t>(int64_t m, int64_t shift)>& run,
-                   int64_t largest) {
+std::string FindRowRuleBreach(const RowRun& run, int64_t largest, int64_t* rows) {
   std::vector<uint64_t> alone;
   for (int64_t k = 0; k < RowPool::kRows; ++k) alone.push_back(run(1, k).at(0));
   const CompetingKernel competing;
-  int64_t rows = 0;
   for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
     if (m > largest) break;
     for (const int64_t shift : {0, 6, 11}) {
       const std::vector<uint64_t> hashes = run(m, shift);
-      ASSERT_EQ(static_cast<int64_t>(hashes.size()), m);
       for (int64_t i = 0; i < m; ++i) {
-        ASSERT_EQ(hashes[static_cast<size_t>(i)],
-                  alone[static_cast<size_t>(RowPool::Row(i, shift))])
-            << what << ": m = " << m << ", place " << i << ", shift " << shift;
+        if (hashes.at(static_cast<size_t>(i)) !=
+            alone[static_cast<size_t>(RowPool::Row(i, shift))]) {
+          return absl::StrCat("m = ", m, ", place ", i, ", shift ", shift);
+        }
       }
-      rows += m;
+      *rows += m;
     }
   }
+  return "";
+}
+
+void ExpectRowRule(const char* what, int64_t values, const RowRun& run, int64_t largest) {
+  int64_t rows = 0;
+  EXPECT_EQ(FindRowRuleBreach(run, largest, &rows), "") << what;
   std::printf("%s: %ld rows, %.3g values hashed\n", what, static_cast<long>(rows),
               static_cast<double>(rows * values));
 }

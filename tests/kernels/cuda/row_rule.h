@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "base/float_formats.h"
@@ -53,11 +54,15 @@ class RowHashes {
 // `run(m, shift)` computes the batch whose row i is made of pool row RowPool::Row(i, shift) and
 // gives a hash for each row. Every row of batches of 1 to 4,096, beside a competing kernel, must
 // hash as it does alone. `run` must not wait for the whole device (cudaDeviceSynchronize,
-// cudaFree): that waits for the competing kernel.  `values`: how many a row has, for the count
-// printed. `largest`: no larger batches.
-void ExpectRowRule(const char* what, int64_t values,
-                   const std::function<std::vector<uint64_t>(int64_t m, int64_t shift)>& run,
-                   int64_t largest = 4096);
+// cudaFree): that waits for the competing kernel.
+using RowRun = std::function<std::vector<uint64_t>(int64_t m, int64_t shift)>;
+
+// Names the first row that differs; empty if none does. Batches of up to `largest` rows; adds to
+// *rows how many were compared.
+std::string FindRowRuleBreach(const RowRun& run, int64_t largest, int64_t* rows);
+
+// Expects none. `values`: how many a row has, for the count printed.
+void ExpectRowRule(const char* what, int64_t values, const RowRun& run, int64_t largest = 4096);
 
 // Steps between two BF16 values on the number line (-0 and +0 are one step apart); NaN equals NaN.
 int64_t UlpDistance(Bf16 a, Bf16 b);
