@@ -17,6 +17,11 @@ int main(int argc, char** argv) {
       {"expert_ffn", BenchExpertFfn},
       {"fp8_linear", BenchFp8Linear},
       {"mla_attention", BenchMlaAttention},
+      {"fp8_linear", BenchFp8Linear},        {"rms_norm", BenchRmsNorm},
+      {"quantize_rows", BenchQuantizeRows},  {"combine", BenchCombine},
+      {"rope_and_cache", BenchRopeAndCache}, {"swiglu", BenchSwiGlu},
+      {"residual", BenchResidual},           {"embedding", BenchEmbedding},
+      {"row_digest", BenchRowDigest},
   };
   std::string json, passed, failed, command = "cuda_bench";
   std::vector<std::string> wanted;

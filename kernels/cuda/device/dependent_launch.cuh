@@ -5,9 +5,11 @@
 //
 // The contract of a kernel launched so: it reads and writes nothing that other kernels of the
 // stream write or read until WaitForPrecedingKernel() has returned, in every thread; before that
-// only constants of the model. LetNextKernelStart() as early as you like: the next kernel's blocks
-// take only what room is left, and wait in turn. Kernels that know nothing of this may stand before
-// and after.
+// only constants of the model. LetNextKernelStart() may be called anywhere: the next kernel's
+// blocks take only what room is left, and wait in turn. Where is a matter of measurement: once
+// everything is read, as a rule; at once if the blocks fill the GPU. Blocks that find half of it
+// free early crowd on few multiprocessors. Kernels that know nothing of this may stand before and
+// after.
 //
 // Data of other kernels must not be read through the read-only path (__ldg, const __restrict__):
 // the compiler may move such loads above the wait.
