@@ -6,6 +6,7 @@
 
 namespace moebius::bench {
 
+void BenchChoose(Report& report);
 void BenchFp8Linear(Report& report);
 
 }  // namespace moebius::bench

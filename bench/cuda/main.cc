@@ -13,6 +13,7 @@
 int main(int argc, char** argv) {
   using namespace moebius::bench;
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
+      {"choose", BenchChoose},
       {"fp8_linear", BenchFp8Linear},
   };
   std::string json, passed, failed, command = "cuda_bench";
