@@ -10,9 +10,9 @@ __global__ void NormaliseByPlace(float* weights, int top_k) {
   for (int j = 0; j < top_k; ++j) row[j] /= sum;
 }
 
-__global__ void LogSumByBatch(const float* logits, int64_t vocab, float* log_sums) {
+__global__ void LogSumByBatch(const float* logits, int64_t vocab, int64_t stride, float* log_sums) {
   const int parts = static_cast<int>(min(gridDim.x, 64u));
-  const float* const row = logits + blockIdx.x * vocab;
+  const float* const row = logits + blockIdx.x * stride;
   float total = 0.0f;
   for (int part = 0; part < parts; ++part) {
     float sum = 0.0f;
@@ -29,9 +29,9 @@ cudaError_t LaunchNormaliseByPlace(float* weights, int64_t m, int top_k, cudaStr
   return cudaGetLastError();
 }
 
-cudaError_t LaunchLogSumByBatch(const float* logits, int64_t m, int64_t vocab, float* log_sums,
-                                cudaStream_t stream) {
-  LogSumByBatch<<<static_cast<unsigned>(m), 1, 0, stream>>>(logits, vocab, log_sums);
+cudaError_t LaunchLogSumByBatch(const float* logits, int64_t m, int64_t vocab, int64_t stride,
+                                float* log_sums, cudaStream_t stream) {
+  LogSumByBatch<<<static_cast<unsigned>(m), 1, 0, stream>>>(logits, vocab, stride, log_sums);
   return cudaGetLastError();
 }
 

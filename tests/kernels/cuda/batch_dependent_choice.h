@@ -13,7 +13,7 @@ namespace moebius::kernels::cuda {
 cudaError_t LaunchNormaliseByPlace(float* weights, int64_t m, int top_k, cudaStream_t stream);
 
 // Log-sum-exp of each row in float32, in as many parts as there are rows (up to 64).
-cudaError_t LaunchLogSumByBatch(const float* logits, int64_t m, int64_t vocab, float* log_sums,
-                                cudaStream_t stream);
+cudaError_t LaunchLogSumByBatch(const float* logits, int64_t m, int64_t vocab, int64_t stride,
+                                float* log_sums, cudaStream_t stream);
 
 }  // namespace moebius::kernels::cuda

@@ -17,24 +17,45 @@ struct Groups {
 
 constexpr int32_t kUntouched = static_cast<int32_t>(0xcdcdcdcdu);
 
+// Buffers allocated once: freeing device memory waits for all kernels, a competing one too.
+class Runner {
+ public:
+  explicit Runner(const std::vector<uint32_t>& experts, int32_t top_k, int32_t num_experts)
+      : experts_(experts),
+        offsets_(static_cast<size_t>(num_experts) + 1),
+        rows_(experts.size()),
+        packed_(experts.size()) {
+    params_.m = static_cast<int64_t>(experts.size()) / top_k;
+    params_.top_k = top_k;
+    params_.num_experts = num_experts;
+    params_.experts = reinterpret_cast<const ExpertId*>(experts_.get());
+    params_.expert_offsets = offsets_.get();
+    params_.row_index = rows_.get();
+    params_.packed_rows = packed_.get();
+  }
+  void Launch() {
+    const absl::Status status = LaunchExpertGroups(params_, nullptr);
+    EXPECT_TRUE(status.ok()) << status.ToString();
+  }
+  Groups Read() {
+    ExpectCudaOk(cudaStreamSynchronize(nullptr), "ExpertGroups");
+    Groups groups{offsets_.Download(), rows_.Download(), packed_.Download()};
+    offsets_.Poison();
+    rows_.Poison();
+    packed_.Poison();
+    return groups;
+  }
+
+ private:
+  DeviceBuffer<uint32_t> experts_;
+  DeviceBuffer<int32_t> offsets_, rows_, packed_;
+  ExpertGroupsParams params_;
+};
+
 Groups GroupOnGpu(const std::vector<uint32_t>& experts, int32_t top_k, int32_t num_experts) {
-  std::vector<ExpertId> ids;
-  for (const uint32_t e : experts) ids.push_back(ExpertId(e));
-  const DeviceBuffer<ExpertId> device_experts(ids);
-  const DeviceBuffer<int32_t> offsets(static_cast<size_t>(num_experts) + 1);
-  const DeviceBuffer<int32_t> rows(experts.size()), packed(experts.size());
-  ExpertGroupsParams params;
-  params.m = static_cast<int64_t>(experts.size()) / top_k;
-  params.top_k = top_k;
-  params.num_experts = num_experts;
-  params.experts = device_experts.get();
-  params.expert_offsets = offsets.get();
-  params.row_index = rows.get();
-  params.packed_rows = packed.get();
-  const absl::Status status = LaunchExpertGroups(params, nullptr);
-  EXPECT_TRUE(status.ok()) << status.ToString();
-  ExpectCudaOk(cudaDeviceSynchronize(), "ExpertGroups");
-  return {offsets.Download(), rows.Download(), packed.Download()};
+  Runner runner(experts, top_k, num_experts);
+  runner.Launch();
+  return runner.Read();
 }
 
 Groups Expected(const std::vector<uint32_t>& experts, int32_t top_k, int32_t num_experts) {
@@ -107,9 +128,13 @@ TEST_F(ExpertGroupsTest, LaunchesBesideACompetingKernelAgree) {
   Prng random(2);
   const std::vector<uint32_t> experts = RandomChoice(random, 600, 8, 256);
   const Groups expected = Expected(experts, 8, 256);
+  Runner runner(experts, 8, 256);
   const CompetingKernel competing;
-  for (int launch = 0; launch < 300; ++launch) {
-    ASSERT_EQ(GroupOnGpu(experts, 8, 256), expected) << "launch " << launch;
+  for (int launch = 0; launch < 10'000; ++launch) {
+    runner.Launch();
+    if (launch % 100 == 0) {
+      ASSERT_EQ(runner.Read(), expected) << "launch " << launch;
+    }
   }
 }
 
