@@ -7,13 +7,13 @@ namespace moebius::kernels::cuda {
 namespace {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr int kUnroll = 4;
 // No expert: beyond every id that is counted, and equal to none.
 constexpr uint32_t kNone = 0xffffffffu;
 
 // One CTA an expert, each warp a stretch of the pairs. A first pass counts pairs of lower experts
 // (their number is this expert's offset) and of this one; a second pass places the latter.
-template <int kWarps>
+// kUnroll: how many pairs a lane loads at once.
+template <int kWarps, int kUnroll>
 __global__ void __launch_bounds__(32 * kWarps)
     ExpertGroups(const uint32_t* experts, int pairs, int top_k, int num_experts,
                  int32_t* expert_offsets, int32_t* row_index, int32_t* packed_rows) {
@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int stretch = ((pairs + kWarps - 1) / kWarps + chunk - 1) / chunk * chunk;
   const int begin = min(pairs, warp * stretch), end = min(pairs, begin + stretch);
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  // The next kernel's CTAs would be in the way of this one's if there are many.
+  if (kWarps <= 8) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
   int lower = 0, own = 0;
   for (int base = begin; base < end; base += chunk) {
@@ -101,7 +102,7 @@ absl::Status Validate(const ExpertGroupsParams& p) {
   return absl::OkStatus();
 }
 
-template <int kWarps>
+template <int kWarps, int kUnroll>
 absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(p.num_experts));
@@ -112,7 +113,7 @@ absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, ExpertGroups<kWarps>,
+  return ToStatus(cudaLaunchKernelEx(&config, ExpertGroups<kWarps, kUnroll>,
                                      reinterpret_cast<const uint32_t*>(p.experts),
                                      static_cast<int>(p.m * p.top_k), static_cast<int>(p.top_k),
                                      static_cast<int>(p.num_experts), p.expert_offsets, p.row_index,
@@ -125,8 +126,8 @@ absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
 absl::Status LaunchExpertGroups(const ExpertGroupsParams& params, cudaStream_t stream) {
   RETURN_IF_ERROR(Validate(params));
   static_assert(sizeof(ExpertId) == sizeof(uint32_t), "ids are read as integers");
-  if (params.m * params.top_k <= 2048) return Launch<4>(params, stream);
-  return Launch<16>(params, stream);
+  if (params.m * params.top_k <= 2048) return Launch<8, 4>(params, stream);
+  return Launch<16, 16>(params, stream);
 }
 
 }  // namespace moebius::kernels::cuda

@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int kMostFinalists = 64;
 
 struct Gate {
   int m;
@@ -42,8 +43,10 @@ struct GroupMemory {
   uint32_t score[kGateMaxExperts];  // by group, ordered bits
   bool kept[kGateMaxExperts];
 };
-struct TokenMemory {
-  float exp[kGateMaxExperts];  // softmax only
+struct alignas(16) TokenMemory {
+  float exp[kGateMaxExperts];          // softmax only
+  uint32_t largest[32];                // of each lane
+  uint32_t finalists[kMostFinalists];  // in ascending expert
   uint32_t ids[kGateMaxExpertsPerToken];
   float scores[kGateMaxExpertsPerToken];
 };
@@ -144,34 +147,114 @@ __device__ __forceinline__ void KeepBestGroups(const Gate& gate, int lane, int o
   }
 }
 
-// The lane's part of the top_k largest choice values, as a bit per element: value descending, ties
-// to the lower expert, which is the lower lane and there the lower element.
-template <int kPerLane>
-__device__ __forceinline__ uint32_t ChooseLargest(const Gate& gate, int lane, int owned,
-                                                  const float (&choice)[kPerLane]) {
-  uint32_t keys[kPerLane];
-  uint32_t best = 0;
+// How many lower lanes' counts (below 32 each) add up to, from the bits of the counts.
+__device__ __forceinline__ uint32_t SumOfLowerLanes(uint32_t count, int lane, uint32_t& total) {
+  const uint32_t lower = (1u << lane) - 1u;
+  uint32_t before = 0;
+  total = 0;
 #pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    keys[j] = j < owned ? OrderedBits(choice[j]) : 0;
-    best = max(best, keys[j]);
+  for (int bit = 0; bit < 5; ++bit) {
+    const uint32_t set = __ballot_sync(kAllLanes, (count >> bit) & 1u);
+    before += __popc(set & lower) << bit;
+    total += __popc(set) << bit;
   }
+  return before;
+}
+
+// ChooseLargest one by one: for rows where almost all is equal.
+template <int kPerLane>
+__device__ __forceinline__ uint32_t ChooseOneByOne(const Gate& gate, int lane,
+                                                   const uint32_t (&keys)[kPerLane]) {
   uint32_t chosen = 0;
   for (int round = 0; round < gate.top_k; ++round) {
+    uint32_t best = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) best = max(best, (chosen >> j) & 1u ? 0 : keys[j]);
     const uint32_t largest = __reduce_max_sync(kAllLanes, best);
     const uint32_t holders = __ballot_sync(kAllLanes, best == largest);
     if (lane != __ffs(static_cast<int>(holders)) - 1) continue;
     uint32_t equal = 0;
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) equal |= (keys[j] == largest ? 1u : 0u) << j;
-    const uint32_t taken = equal & -equal;
-    chosen |= taken;
-    best = 0;
+    equal &= ~chosen;
+    chosen |= equal & -equal;
+  }
+  return chosen;
+}
+
+// The lane's part of the top_k largest choice values, as a bit per element: value descending, ties
+// to the lower expert, which is the lower lane and there the lower element.
+//
+// The top_k-th largest of the lanes' largest values is at most the top_k-th largest of all, so only
+// values that reach it are finalists: seldom more than twice top_k. They are ranked each against
+// each.
+template <int kPerLane>
+__device__ __forceinline__ uint32_t ChooseLargest(const Gate& gate, int lane, int owned,
+                                                  const float (&choice)[kPerLane],
+                                                  TokenMemory& memory) {
+  uint32_t keys[kPerLane];  // 0: no element
+  uint32_t best = 0;
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      if ((taken >> j) & 1u) keys[j] = 0;
-      best = max(best, keys[j]);
+  for (int j = 0; j < kPerLane; ++j) {
+    keys[j] = j < owned ? OrderedBits(choice[j]) : 0;
+    best = max(best, keys[j]);
+  }
+  memory.largest[lane] = best;
+  __syncwarp();
+  int better = 0;
+#pragma unroll
+  for (int l = 0; l < 32; l += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(&memory.largest[l]);
+    better += four.x > best || (four.x == best && l < lane);
+    better += four.y > best || (four.y == best && l + 1 < lane);
+    better += four.z > best || (four.z == best && l + 2 < lane);
+    better += four.w > best || (four.w == best && l + 3 < lane);
+  }
+  const uint32_t holder = __ballot_sync(kAllLanes, better == gate.top_k - 1);
+  const uint32_t least = __shfl_sync(kAllLanes, best, __ffs(static_cast<int>(holder)) - 1);
+  uint32_t reaching = 0;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) reaching |= (keys[j] >= least ? 1u : 0u) << j;
+  uint32_t finalists;
+  const uint32_t before = SumOfLowerLanes(__popc(reaching), lane, finalists);
+  // No finalists at all: fewer lanes with elements than top_k.
+  if (least == 0 || finalists > kMostFinalists) return ChooseOneByOne(gate, lane, keys);
+  uint32_t at = before;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if ((reaching >> j) & 1u) memory.finalists[at++] = keys[j];
+  }
+  // Padding is worse than any.
+  if (lane < 4 && finalists + lane < kMostFinalists) memory.finalists[finalists + lane] = 0;
+  __syncwarp();
+  // A lane ranks finalists `lane` and `lane + 32`.
+  uint32_t won[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int mine = lane + 32 * half;
+    if (32 * half >= static_cast<int>(finalists)) {
+      won[half] = 0;
+      continue;
     }
+    const bool exists = mine < static_cast<int>(finalists);
+    const uint32_t key = exists ? memory.finalists[mine] : 0;
+    int ahead = 0;
+    for (int i = 0; i < static_cast<int>(finalists); i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(&memory.finalists[i]);
+      ahead += four.x > key || (four.x == key && i < mine);
+      ahead += four.y > key || (four.y == key && i + 1 < mine);
+      ahead += four.z > key || (four.z == key && i + 2 < mine);
+      ahead += four.w > key || (four.w == key && i + 3 < mine);
+    }
+    won[half] = __ballot_sync(kAllLanes, exists && ahead < gate.top_k);
+  }
+  // Back to the lanes that have them.
+  const uint64_t both = (static_cast<uint64_t>(won[1]) << 32) | won[0];
+  uint32_t chosen = 0;
+  at = before;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if ((reaching >> j) & 1u) chosen |= static_cast<uint32_t>((both >> at++) & 1u) << j;
   }
   return chosen;
 }
@@ -194,7 +277,8 @@ __global__ void __launch_bounds__(32 * kWarps) GateSelect(const Gate gate) {
   }
   // The logits come from the kernel before this one.
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  // The next kernel's CTAs would be in the way of this one's if there are many.
+  if (kWarps == 1) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   if (token >= gate.m) return;
 
   float score[kPerLane];
@@ -235,16 +319,10 @@ __global__ void __launch_bounds__(32 * kWarps) GateSelect(const Gate gate) {
       KeepBestGroups(gate, lane, owned, choice);
     }
   }
-  const uint32_t chosen = ChooseLargest(gate, lane, owned, choice);
+  const uint32_t chosen = ChooseLargest(gate, lane, owned, choice, memory);
 
-  // How many lower lanes chose, from the bits of each lane's count.
-  const uint32_t count = __popc(chosen);
-  const uint32_t lower = (1u << lane) - 1u;
-  uint32_t slot = 0;
-#pragma unroll
-  for (int bit = 0; bit < 5; ++bit) {
-    slot += __popc(__ballot_sync(kAllLanes, (count >> bit) & 1u) & lower) << bit;
-  }
+  uint32_t all_chosen;
+  uint32_t slot = SumOfLowerLanes(__popc(chosen), lane, all_chosen);
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     if (((chosen >> j) & 1u) == 0) continue;

@@ -106,6 +106,16 @@ __device__ __forceinline__ void AwaitPiece(bool aligned, uint64_t* barriers, int
   if (aligned) BarrierWait(&barriers[piece], 0);
 }
 
+// Brings this CTA's slice of another row to L2, for the cluster that will take it.
+__device__ __forceinline__ void PrefetchSlice(const float* row, int vocab, uint32_t rank) {
+  const int slice = SliceOf(vocab);
+  const int begin = min(vocab, static_cast<int>(rank) * slice);
+  const uint32_t bytes = static_cast<uint32_t>(min(vocab - begin, slice) / 4) * sizeof(float4);
+  if (bytes == 0) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row + begin), "r"(bytes)
+               : "memory");
+}
+
 // This thread's quad of a piece; -infinity beyond the slice.
 __device__ __forceinline__ float4 QuadOf(const Slice& slice, int piece) {
   const int quad = piece * kThreads + static_cast<int>(threadIdx.x);

@@ -1,5 +1,7 @@
 #include "kernels/cuda/sampling/sampling.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "base/prng.h"
 #include "base/status_macros.h"
@@ -15,6 +17,8 @@ struct Rows {
   int64_t stride;
   int vocab;
   bool aligned;  // every row starts at a multiple of 16 bytes
+  int64_t m;
+  int64_t ahead;  // so many rows later, a row is taken when this one is done
   // Draws
   const SamplingParams* params;
   const uint64_t* token_index;
@@ -30,51 +34,58 @@ struct Rows {
 template <bool kOne, bool kTempered, bool kBracket>
 __device__ __forceinline__ void Weigh(RowMemory& memory, const RowState& row, Bracket bracket,
                                       int64_t& mass_one, int64_t& mass, int64_t& mass_above) {
-  MassSum one, tempered, above;
-  uint32_t listed = 0;  // bits of up to 8 pieces
-  for (int p = 0; p < row.slice.pieces; ++p) {
-    const float4 quad = QuadOf(row.slice, p);
-    const bool exists = p * kThreads + static_cast<int>(threadIdx.x) < row.slice.quads;
-    const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
+  constexpr int kTogether = 8;  // pieces; 4 candidates of a thread each
+  static_assert(4 * kTogether <= kMostSummed && 4 * kTogether <= 32);
+  mass_one = mass = mass_above = 0;
+  for (int piece0 = 0; piece0 < row.slice.pieces; piece0 += kTogether) {
+    MassSum one, tempered, above;
+    uint32_t listed = 0;
+#pragma unroll(kTempered ? 1 : 2)
+    for (int p = 0; p < min(kTogether, row.slice.pieces - piece0); ++p) {
+      const float4 quad = QuadOf(row.slice, piece0 + p);
+      const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
+      uint32_t in = 0;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (kOne && kTempered) one.Add(PartsOf(WeightExponent(logits[c], row.maximum, kLog2E)));
-      const float exponent = ExponentOf(row, logits[c]);
-      const MassParts parts = PartsOf(exponent);
-      if (kTempered) {
-        tempered.Add(parts);
-      } else if (kOne) {
-        one.Add(parts);
+      for (int c = 0; c < 4; ++c) {
+        if (kOne && kTempered) one.Add(PartsOf(WeightExponent(logits[c], row.maximum, kLog2E)));
+        const float exponent = ExponentOf(row, logits[c]);
+        const MassParts parts = PartsOf(exponent);
+        if (kTempered) {
+          tempered.Add(parts);
+        } else if (kOne) {
+          one.Add(parts);
+        }
+        if (!kBracket) continue;
+        const bool is_above = exponent > bracket.above;
+        if (is_above) above.Add(parts);
+        if (!is_above && exponent > bracket.end) in |= 1u << c;
       }
       if (!kBracket) continue;
-      const bool is_above = exponent > bracket.above;
-      if (is_above) above.Add(parts);
-      if (exists && !is_above && exponent > bracket.end) listed |= 1u << (4 * (p % 8) + c);
+      if ((piece0 + p) * kThreads + static_cast<int>(threadIdx.x) >= row.slice.quads) in = 0;
+      listed |= in << (4 * p);
     }
-    if (kBracket && (p % 8 == 7 || p + 1 == row.slice.pieces)) {
-      int up_to = __popc(listed);
-      const int mine = up_to;
+    mass_one += one.Total();
+    mass += tempered.Total();
+    mass_above += above.Total();
+    if (!kBracket) continue;
+    int up_to = __popc(listed);
+    const int mine = up_to;
 #pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int lower = __shfl_up_sync(kAllLanes, up_to, distance);
-        if (static_cast<int>(threadIdx.x % 32) >= distance) up_to += lower;
-      }
-      int at = 0;
-      if (threadIdx.x % 32 == 31 && up_to > 0) at = atomicAdd(&memory.listed, up_to);
-      at = __shfl_sync(kAllLanes, at, 31) + up_to - mine;
-      const int piece0 = p / 8 * 8;
-      for (; listed != 0; listed &= listed - 1) {
-        const int bit = __ffs(static_cast<int>(listed)) - 1;
-        const int place =
-            4 * ((piece0 + bit / 4) * kThreads + static_cast<int>(threadIdx.x)) + bit % 4;
-        if (at < kMostListed) memory.list[at] = static_cast<uint16_t>(place);
-        ++at;
-      }
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int lower = __shfl_up_sync(kAllLanes, up_to, distance);
+      if (static_cast<int>(threadIdx.x % 32) >= distance) up_to += lower;
+    }
+    int at = 0;
+    if (threadIdx.x % 32 == 31 && up_to > 0) at = atomicAdd(&memory.listed, up_to);
+    at = __shfl_sync(kAllLanes, at, 31) + up_to - mine;
+    for (; listed != 0; listed &= listed - 1) {
+      const int bit = __ffs(static_cast<int>(listed)) - 1;
+      const int place =
+          4 * ((piece0 + bit / 4) * kThreads + static_cast<int>(threadIdx.x)) + bit % 4;
+      if (at < kMostListed) memory.list[at] = static_cast<uint16_t>(place);
+      ++at;
     }
   }
-  mass_one = one.Total();
-  mass = tempered.Total();
-  mass_above = above.Total();
 }
 
 // Tells all CTAs of the cluster this CTA's sums. Ends with a ClusterBarrier.
@@ -121,16 +132,12 @@ __device__ __forceinline__ uint64_t SumOf(const uint64_t (&values)[kRanks]) {
   return sum;
 }
 
-// How many candidates all CTAs listed; -1 if one had more than it could keep.
-__device__ __forceinline__ int ListedByAll(const RowMemory& memory) {
+// How many candidates all CTAs have in the bracket.
+__device__ __forceinline__ uint32_t ListedByAll(const RowMemory& memory) {
   uint32_t sum = 0;
-  bool kept = true;
 #pragma unroll
-  for (int r = 0; r < kRanks; ++r) {
-    sum += memory.announced.listed[r];
-    kept = kept && memory.announced.listed[r] <= kMostListed;
-  }
-  return kept ? static_cast<int>(sum) : -1;
+  for (int r = 0; r < kRanks; ++r) sum += memory.announced.listed[r];
+  return sum;
 }
 
 // The value that a running mass must reach to be `fraction` of `mass`; within [1, mass].
@@ -191,6 +198,10 @@ __device__ inline bool DrawAmongFew(RowMemory& memory, const RowState& row, uint
       StoreCluster(ClusterAddress(SharedAddress(&memory.chosen), threadIdx.x),
                    static_cast<uint32_t>(mass > 0));
     }
+  } else if (row.rank == 1 && threadIdx.x == 0) {
+    // Meanwhile, for CTA 0.
+    StoreCluster(ClusterAddress(SharedAddress(&memory.log_sum), 0),
+                 __float_as_uint(LogOfMass(SumOf(memory.announced.mass_one))));
   }
   ClusterBarrier();
   return memory.chosen != 0;
@@ -198,17 +209,16 @@ __device__ inline bool DrawAmongFew(RowMemory& memory, const RowState& row, uint
 
 // The draw in the general case: one selection after the other. Leaves the token's key in
 // chosen_key.
-__device__ inline void DrawBySelection(RowMemory& memory, const RowState& row, Bracket bracket,
-                                       const Curve& curve, const SamplingParams& params,
-                                       uint32_t top_k, uint64_t total, float u, int vocab) {
-  bool listed = ListedByAll(memory) >= 0;
+__device__ __noinline__ void DrawBySelection(RowMemory& memory, const RowState& row,
+                                             Bracket bracket, const Curve& curve,
+                                             const SamplingParams& params, uint32_t top_k,
+                                             uint64_t total, float u, int vocab) {
   uint64_t mass_above = SumOf(memory.announced.mass_above);
   // One selection, in the present bracket if it can be there; leaves it and the running sum in
   // memory.chosen_...
   const auto select = [&](Target target) {
-    const bool may_be_listed =
-        listed && (target.by_count ? bracket.above == 0.0f : target.value > mass_above);
-    if (may_be_listed && SelectListed(memory, row, bracket, mass_above, target)) return;
+    const bool may_be_in = target.by_count ? bracket.above == 0.0f : target.value > mass_above;
+    if (may_be_in && SelectBracketed(memory, row, bracket, mass_above, target)) return;
     SelectAny(memory, row, target);
   };
   uint64_t mass = total;
@@ -231,7 +241,6 @@ __device__ inline void DrawBySelection(RowMemory& memory, const RowState& row, B
       int64_t none = 0, above = 0;
       Weigh<false, false, true>(memory, row, bracket, none, none, above);
       AnnounceMasses(memory, row, 0, 0, above, 0);
-      listed = ListedByAll(memory) >= 0;
       mass_above = SumOf(memory.announced.mass_above);
     }
     select(target);
@@ -264,27 +273,24 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
   const bool greedy = !kDraw || !(params.temperature > 0.0f);
   row.factor = greedy ? kLog2E : fminf(__fdiv_rn(kLog2E, params.temperature), 1e30f);
 
-  // The largest logit, and a sample.
-  Sample sample;
-  sample.largest = -__builtin_inff();
-  sample.others[0] = sample.others[1] = sample.largest;
-  sample.count = 0;
+  float thread_largest = -__builtin_inff();
+  int largest_piece = 0;
   bool has_nan = false;
+#pragma unroll 2
   for (int p = 0; p < row.slice.pieces; ++p) {
     AwaitPiece(rows.aligned, memory.barriers, p);
     const float4 quad = QuadOf(row.slice, p);
-    sample.largest = fmaxf(sample.largest, fmaxf(fmaxf(quad.x, quad.y), fmaxf(quad.z, quad.w)));
+    const float of_quad = fmaxf(fmaxf(quad.x, quad.y), fmaxf(quad.z, quad.w));
+    if (of_quad > thread_largest) {
+      thread_largest = of_quad;
+      largest_piece = p;
+    }
     has_nan =
         has_nan || quad.x != quad.x || quad.y != quad.y || quad.z != quad.z || quad.w != quad.w;
-    if (p * kThreads + static_cast<int>(threadIdx.x) < row.slice.quads) sample.count += 4;
-    if (p == 0) {
-      sample.others[0] = quad.x;
-      sample.others[1] = quad.w;
-    } else if (p == row.slice.pieces / 2) {
-      sample.others[1] = quad.z;
-    }
   }
-  const uint32_t largest = __reduce_max_sync(kAllLanes, OrderedBits(sample.largest));
+  if (threadIdx.x == 0 && rows.aligned && at + rows.ahead < rows.m)
+    PrefetchSlice(rows.logits + (at + rows.ahead) * rows.stride, rows.vocab, row.rank);
+  const uint32_t largest = __reduce_max_sync(kAllLanes, OrderedBits(thread_largest));
   has_nan = __any_sync(kAllLanes, has_nan);
   if (lane == 0) memory.scan[0][warp] = (static_cast<uint64_t>(has_nan) << 32) | largest;
   __syncthreads();
@@ -311,18 +317,13 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
   // Infinite: no weight is positive.
   const bool by_largest = greedy || fabsf(row.maximum) == __builtin_inff();
 
-  // Its lowest place, in the CTAs that have it.
+  // The first that is as large, from the threads that have one.
   uint32_t first_largest = ~0u;
-  if (kDraw && by_largest && memory.announced.largest[row.rank] == of_row) {
-    for (int p = 0; p < row.slice.pieces; ++p) {
-      const float4 quad = QuadOf(row.slice, p);
-      const int place = 4 * (p * kThreads + static_cast<int>(threadIdx.x));
-      const float logits[4] = {quad.x, quad.y, quad.z, quad.w};
-#pragma unroll
-      for (int c = 3; c >= 0; --c) {
-        if (OrderedBits(logits[c]) == of_row && place + c < 4 * row.slice.quads)
-          first_largest = min(first_largest, static_cast<uint32_t>(row.slice.first_id + place + c));
-      }
+  if (kDraw && by_largest && OrderedBits(thread_largest) == of_row) {
+    const int place = 4 * (largest_piece * kThreads + static_cast<int>(threadIdx.x));
+    for (int c = 3; c >= 0; --c) {
+      if (place + c < 4 * row.slice.quads && OrderedBits(row.slice.data[place + c]) == of_row)
+        first_largest = static_cast<uint32_t>(row.slice.first_id + place + c);
     }
   }
 
@@ -330,12 +331,12 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
   Bracket bracket{0.0f, 0.0f};
   Curve curve;
   const bool tempered = row.factor != kLog2E;
-  const uint32_t top_k = kDraw && params.top_k > 0 && params.top_k < rows.vocab ? params.top_k : 0;
+  uint32_t top_k = 0;
+  if (kDraw && params.top_k > 0 && params.top_k < rows.vocab) top_k = params.top_k;
   if (by_largest) {
     Weigh<true, false, false>(memory, row, bracket, mass_one, mass, mass_above);
   } else {
-    if (sample.others[0] == sample.largest) sample.others[0] = sample.others[1];
-    curve = EstimateCurve(memory, row, sample, top_k);
+    curve = EstimateCurve(memory, row, thread_largest, top_k);
     bracket = top_k > 0 ? BracketOf(0, memory.bracket_end)
                         : BracketOfMass(memory, curve, params.top_p < 1.0f ? params.top_p : u,
                                         rows.vocab);
@@ -369,6 +370,7 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
 
   TokenId token = 0;
   float logit = row.maximum;
+  bool has_log = false;
   if (by_largest) {
     uint32_t first = ~0u;
 #pragma unroll
@@ -376,18 +378,19 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
     token = static_cast<TokenId>(first);
   } else {
     const uint64_t total = tempered ? SumOf(memory.announced.mass) : total_one;
-    const int listed = ListedByAll(memory);
-    const bool few = bracket.above == 0.0f && listed >= static_cast<int>(top_k) && listed >= 0 &&
-                     listed <= kMostGathered;
-    if (!few || !DrawAmongFew(memory, row, static_cast<uint32_t>(listed), params, top_k, total, u))
+    const uint32_t listed = ListedByAll(memory);
+    const bool few = bracket.above == 0.0f && listed >= top_k && listed <= kMostGathered;
+    has_log = few;
+    if (!few || !DrawAmongFew(memory, row, listed, params, top_k, total, u))
       DrawBySelection(memory, row, bracket, curve, params, top_k, total, u, rows.vocab);
     token = IdOfKey(memory.chosen_key);
     logit = LogitOfKey(memory.chosen_key);
   }
   if (row.rank == 0 && threadIdx.x == 0) {
     rows.tokens[at] = token;
-    rows.logprobs[at] = nan_of_row ? __int_as_float(0x7fffffff)
-                                   : __fsub_rn(__fsub_rn(logit, row.maximum), LogOfMass(total_one));
+    const float log_sum = has_log ? memory.log_sum : LogOfMass(total_one);
+    rows.logprobs[at] =
+        nan_of_row ? __int_as_float(0x7fffffff) : __fsub_rn(__fsub_rn(logit, row.maximum), log_sum);
   }
 }
 
@@ -415,6 +418,11 @@ absl::Status Launch(const char* op, Rows rows, int64_t m, cudaStream_t stream) {
   rows.aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.stride % 4 == 0;
   const int bytes = SliceOf(rows.vocab) * static_cast<int>(sizeof(float));
   static_assert(SliceOf(kSamplingMaxVocab) <= kMostPieces * kPiece, "slices fit");
+  rows.m = m;
+  // About as many clusters run at once.
+  const int ctas = std::min(
+      3, 233'472 / (bytes + static_cast<int>(sizeof(RowMemory)) + 2048));  // of shared memory
+  rows.ahead = std::max(1, MultiprocessorCount() * ctas / kRanks);
   const auto kernel = SampleRows<kDraw>;
   RETURN_IF_ERROR(
       ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

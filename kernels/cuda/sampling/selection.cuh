@@ -54,6 +54,7 @@ struct RowMemory {
   int appended;
   int bracket_begin, bracket_end;
   uint64_t curve_total;
+  float log_sum;
   uint64_t chosen_key;
   uint64_t chosen_mass;  // the running sum of masses, the chosen one's included
   uint32_t chosen;
@@ -74,19 +75,30 @@ __device__ __forceinline__ uint64_t KeyOf(const RowState& row, int place) {
   return CandidateKey(row.slice.data[place], row.slice.first_id + place);
 }
 
-// Inclusive sums over the threads of the CTA. `scratch` may be used again after a __syncthreads.
-__device__ __forceinline__ uint64_t InclusiveScan(uint64_t value, uint64_t (&scratch)[kWarps]) {
+// Inclusive sums of two values over the threads of the CTA. memory.scan may be used again after a
+// __syncthreads.
+__device__ __forceinline__ void InclusiveScan(uint64_t& x, uint64_t& y,
+                                              uint64_t (&scratch)[2][kWarps]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const uint64_t lower = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane >= distance) value += lower;
+    const uint64_t lower_x = __shfl_up_sync(kAllLanes, x, distance);
+    const uint64_t lower_y = __shfl_up_sync(kAllLanes, y, distance);
+    if (lane >= distance) {
+      x += lower_x;
+      y += lower_y;
+    }
   }
-  if (lane == 31) scratch[warp] = value;
+  if (lane == 31) {
+    scratch[0][warp] = x;
+    scratch[1][warp] = y;
+  }
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kWarps - 1; ++w) value += w < warp ? scratch[w] : 0;
-  return value;
+  for (int w = 0; w < kWarps - 1; ++w) {
+    x += w < warp ? scratch[0][w] : 0;
+    y += w < warp ? scratch[1][w] : 0;
+  }
 }
 
 __device__ __forceinline__ void AddToBin(uint4& bin, uint64_t mass) {
@@ -131,8 +143,10 @@ __device__ inline void FindCrossing(RowMemory& memory, Target target, uint64_t m
     mass += bin.x + (static_cast<uint64_t>(bin.y) << 14) + (static_cast<uint64_t>(bin.z) << 28);
     count += bin.w;
   }
-  const uint64_t mass_up_to = mass_before + InclusiveScan(mass, memory.scan[0]);
-  const uint64_t count_up_to = count_before + InclusiveScan(count, memory.scan[1]);
+  uint64_t mass_up_to = mass, count_up_to = count;
+  InclusiveScan(mass_up_to, count_up_to, memory.scan);
+  mass_up_to += mass_before;
+  count_up_to += count_before;
   const uint64_t reached = target.by_count ? count_up_to : mass_up_to;
   const uint64_t step = target.by_count ? count : mass;
   if (reached >= target.value && reached - step < target.value) {
@@ -202,10 +216,10 @@ __device__ inline void ResolveCrossing(RowMemory& memory, const RowState& row, T
   ClusterBarrier();
 }
 
-// Among the listed candidates of a bracket. False if the target is not reached among them, or too
-// many share a bin.
-__device__ inline bool SelectListed(RowMemory& memory, const RowState& row, Bracket bracket,
-                                    uint64_t mass_before, Target target) {
+// Among the candidates of a bracket. False if the target is not reached among them, or too many
+// share a bin.
+__device__ inline bool SelectBracketed(RowMemory& memory, const RowState& row, Bracket bracket,
+                                       uint64_t mass_before, Target target) {
   ClearHistogram(memory);
   // Bins of equal width in the exponent: monotone in the order of candidates, as the exponent is.
   const float scale =
@@ -214,12 +228,21 @@ __device__ inline bool SelectListed(RowMemory& memory, const RowState& row, Brac
     const float distance = __fsub_rn(bracket.above, ExponentOf(row, row.slice.data[place]));
     return min(kBins - 1, static_cast<int>(__fmul_rn(distance, scale)));
   };
-  for (int base = 0; base < memory.listed; base += kThreads) {
+  // A CTA whose list was too short looks at its whole slice again.
+  const bool all = memory.listed > kMostListed;
+  const int count = all ? 4 * row.slice.quads : memory.listed;
+  const auto place_of = [&](int i) { return all ? i : static_cast<int>(memory.list[i]); };
+  const auto is_in = [&](int place) {
+    if (!all) return true;
+    const float exponent = ExponentOf(row, row.slice.data[place]);
+    return exponent <= bracket.above && exponent > bracket.end;
+  };
+  for (int base = 0; base < count; base += kThreads) {
     const int i = base + static_cast<int>(threadIdx.x);
-    const bool listed = i < memory.listed;
-    const int place = listed ? memory.list[i] : 0;
-    AddWarpToBins(memory.histogram, listed ? bin_of(place) : -1,
-                  listed ? MassOf(ExponentOf(row, row.slice.data[place])) : 0);
+    const int place = i < count ? place_of(i) : 0;
+    const bool in = i < count && is_in(place);
+    AddWarpToBins(memory.histogram, in ? bin_of(place) : -1,
+                  in ? MassOf(ExponentOf(row, row.slice.data[place])) : 0);
   }
   __syncthreads();
   FindCrossing(memory, target, mass_before, 0);
@@ -229,9 +252,10 @@ __device__ inline bool SelectListed(RowMemory& memory, const RowState& row, Brac
   }
   uint32_t before = 0;
   for (uint32_t r = 0; r < row.rank; ++r) before += memory.counts_of_bin[r];
-  for (int i = threadIdx.x; i < memory.listed; i += kThreads) {
-    const int place = memory.list[i];
-    if (bin_of(place) == static_cast<int>(memory.found_bin)) Gather(memory, row, place, before);
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int place = place_of(i);
+    if (is_in(place) && bin_of(place) == static_cast<int>(memory.found_bin))
+      Gather(memory, row, place, before);
   }
   ClusterBarrier();
   ResolveCrossing(memory, row, target);

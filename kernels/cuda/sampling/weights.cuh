@@ -22,8 +22,8 @@ __device__ __forceinline__ float WeightExponent(float logit, float maximum, floa
 
 // A mass in two parts: a multiple of 2^-18 and what is left in multiples of 2^-41.
 struct MassParts {
-  int32_t high;  // 0 .. 2^18
-  int32_t low;   // -2^22 .. 2^22
+  float high;   // 0 .. 1
+  int32_t low;  // -2^22 .. 2^22
 };
 __device__ __forceinline__ MassParts PartsOf(float exponent) {
   // Adding 1.5 * 2^k rounds a float to a multiple of 2^(k - 23) and leaves the multiple in the low
@@ -31,28 +31,29 @@ __device__ __forceinline__ MassParts PartsOf(float exponent) {
   constexpr float kHighMagic = 48.0f, kLowMagic = 1.5f / 262144;
   float weight;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(exponent));
-  const float shifted = __fadd_rn(weight, kHighMagic);
-  const float rest = __fsub_rn(weight, __fsub_rn(shifted, kHighMagic));
-  return {__float_as_int(shifted) - __float_as_int(kHighMagic),
-          __float_as_int(__fadd_rn(rest, kLowMagic)) - __float_as_int(kLowMagic)};
+  const float high = __fsub_rn(__fadd_rn(weight, kHighMagic), kHighMagic);
+  const float rest = __fsub_rn(weight, high);
+  return {high, __float_as_int(__fadd_rn(rest, kLowMagic)) - __float_as_int(kLowMagic)};
 }
 
-// The sum of up to 2^8 masses.
+// The sum of up to kMostSummed masses, exact in both parts.
+constexpr int kMostSummed = 64;
 struct MassSum {
-  int32_t high = 0;
+  float high = 0.0f;
   int32_t low = 0;
   __device__ __forceinline__ void Add(MassParts parts) {
-    high += parts.high;
+    high = __fadd_rn(high, parts.high);
     low += parts.low;
   }
   __device__ __forceinline__ int64_t Total() const {
-    return (static_cast<int64_t>(high) << 23) + low;
+    return (static_cast<int64_t>(static_cast<int32_t>(high * 262144.0f)) << 23) + low;
   }
 };
 
 __device__ __forceinline__ uint64_t MassOf(float exponent) {
-  const MassParts parts = PartsOf(exponent);
-  return static_cast<uint64_t>((static_cast<int64_t>(parts.high) << 23) + parts.low);
+  MassSum sum;
+  sum.Add(PartsOf(exponent));
+  return static_cast<uint64_t>(sum.Total());
 }
 
 // Unsigned integers in the order of the floats; NaN is placed with -infinity, -0 with +0.

@@ -129,6 +129,7 @@ TEST_F(ExpertGroupsTest, LaunchesBesideACompetingKernelAgree) {
   const std::vector<uint32_t> experts = RandomChoice(random, 600, 8, 256);
   const Groups expected = Expected(experts, 8, 256);
   Runner runner(experts, 8, 256);
+  runner.Launch();  // loads the kernel
   const CompetingKernel competing;
   for (int launch = 0; launch < 10'000; ++launch) {
     runner.Launch();

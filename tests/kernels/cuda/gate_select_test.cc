@@ -201,7 +201,7 @@ class GateSelectTest : public GpuTest {};
 TEST_F(GateSelectTest, ChoosesAsTheReferenceAndHasTheCpuKernelsBits) {
   GateRunner runner;
   int64_t rows = 0, unclear = 0;
-  double largest_error = 0;
+  double largest_error[2] = {0, 0};  // softmax, sigmoid
   for (const GateConfig& config : Configs()) {
     const auto experts = static_cast<size_t>(config.n_routed_experts);
     const auto top_k = static_cast<size_t>(config.num_experts_per_tok);
@@ -240,19 +240,21 @@ TEST_F(GateSelectTest, ChoosesAsTheReferenceAndHasTheCpuKernelsBits) {
           for (size_t j = 0; j < top_k; ++j) {
             ASSERT_EQ(found.experts[row * top_k + j], expected_experts[j].value())
                 << NameOf(config) << ", row " << row << ", slot " << j;
-            largest_error = std::max(
-                largest_error,
-                static_cast<double>(std::fabs(found.weights[row * top_k + j] - expected[j]) /
-                                    expected[j]));
+            double& largest = largest_error[static_cast<int>(config.scoring_func)];
+            const float weight = found.weights[row * top_k + j];
+            largest = std::max(largest,
+                               std::fabs(static_cast<double>(weight) - expected[j]) / expected[j]);
           }
         }
       }
     }
   }
-  std::printf("%ld rows, %ld with values too close to call, weights within %.2g\n", rows, unclear,
-              largest_error);
+  std::printf("%ld rows, %ld too close to call, weights within %.2g (sigmoid), %.2g (softmax)\n",
+              rows, unclear, largest_error[1], largest_error[0]);
   EXPECT_LT(unclear, rows / 100);
-  EXPECT_LT(largest_error, 1e-6);
+  EXPECT_LT(largest_error[1], 1e-6);
+  // The reference adds up to 512 terms one after the other.
+  EXPECT_LT(largest_error[0], 1e-5);
 }
 
 TEST_F(GateSelectTest, PoisonStaysInRangeAndInItsRow) {
@@ -331,10 +333,17 @@ std::pair<int64_t, int64_t> CompareAtPlaces(GateRunner& runner, const GateConfig
 
 TEST_F(GateSelectTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
   GateRunner runner;
-  const CompetingKernel competing;
-  int64_t compared = 0;
   std::vector<GateConfig> configs = {DeepSeekV3()};
   for (size_t i = 0; i < Configs().size(); i += 5) configs.push_back(Configs()[i]);
+  // A kernel's first launch loads it, which waits for all others.
+  for (const GateConfig& config : configs) {
+    for (const size_t m : {1, 529}) {
+      runner.Select(config, std::vector<float>(m * static_cast<size_t>(config.n_routed_experts)),
+                    {});
+    }
+  }
+  const CompetingKernel competing;
+  int64_t compared = 0;
   for (const GateConfig& config : configs) {
     const auto [values, different] = CompareAtPlaces(runner, config, 5, Variant::kReal);
     EXPECT_EQ(different, 0) << NameOf(config);
