@@ -46,7 +46,9 @@ struct GroupMemory {
 struct alignas(16) TokenMemory {
   float exp[kGateMaxExperts];          // softmax only
   uint32_t largest[32];                // of each lane
-  uint32_t finalists[kMostFinalists];  // in ascending expert
+  uint32_t finalists[kMostFinalists];  // their choice values' ordered bits, in ascending expert
+  uint32_t finalist_ids[kMostFinalists];
+  float finalist_scores[kMostFinalists];
   uint32_t ids[kGateMaxExpertsPerToken];
   float scores[kGateMaxExpertsPerToken];
 };
@@ -163,8 +165,10 @@ __device__ __forceinline__ uint32_t SumOfLowerLanes(uint32_t count, int lane, ui
 
 // ChooseLargest one by one: for rows where almost all is equal.
 template <int kPerLane>
-__device__ __forceinline__ uint32_t ChooseOneByOne(const Gate& gate, int lane,
-                                                   const uint32_t (&keys)[kPerLane]) {
+__device__ __forceinline__ void ChooseOneByOne(const Gate& gate, int lane,
+                                               const uint32_t (&keys)[kPerLane],
+                                               const float (&score)[kPerLane],
+                                               TokenMemory& memory) {
   uint32_t chosen = 0;
   for (int round = 0; round < gate.top_k; ++round) {
     uint32_t best = 0;
@@ -179,19 +183,28 @@ __device__ __forceinline__ uint32_t ChooseOneByOne(const Gate& gate, int lane,
     equal &= ~chosen;
     chosen |= equal & -equal;
   }
-  return chosen;
+  __syncwarp();
+  uint32_t all_chosen;
+  uint32_t slot = SumOfLowerLanes(__popc(chosen), lane, all_chosen);
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (((chosen >> j) & 1u) == 0) continue;
+    memory.ids[slot] = static_cast<uint32_t>(lane * gate.per_lane + j);
+    memory.scores[slot++] = score[j];
+  }
 }
 
-// The lane's part of the top_k largest choice values, as a bit per element: value descending, ties
-// to the lower expert, which is the lower lane and there the lower element.
+// Writes the experts with the top_k largest choice values and their scores to `memory`, in
+// ascending expert: value descending, ties to the lower expert, which is the lower lane and there
+// the lower element.
 //
-// The top_k-th largest of the lanes' largest values is at most the top_k-th largest of all, so only
+// A value that top_k lanes' largest values reach is at most the top_k-th largest of all, so only
 // values that reach it are finalists: seldom more than twice top_k. They are ranked each against
 // each.
 template <int kPerLane>
-__device__ __forceinline__ uint32_t ChooseLargest(const Gate& gate, int lane, int owned,
-                                                  const float (&choice)[kPerLane],
-                                                  TokenMemory& memory) {
+__device__ __forceinline__ void ChooseLargest(const Gate& gate, int lane, int owned,
+                                              const float (&choice)[kPerLane],
+                                              const float (&score)[kPerLane], TokenMemory& memory) {
   uint32_t keys[kPerLane];  // 0: no element
   uint32_t best = 0;
 #pragma unroll
@@ -205,58 +218,84 @@ __device__ __forceinline__ uint32_t ChooseLargest(const Gate& gate, int lane, in
 #pragma unroll
   for (int l = 0; l < 32; l += 4) {
     const uint4 four = *reinterpret_cast<const uint4*>(&memory.largest[l]);
-    better += four.x > best || (four.x == best && l < lane);
-    better += four.y > best || (four.y == best && l + 1 < lane);
-    better += four.z > best || (four.z == best && l + 2 < lane);
-    better += four.w > best || (four.w == best && l + 3 < lane);
+    better += four.x > best;
+    better += four.y > best;
+    better += four.z > best;
+    better += four.w > best;
   }
-  const uint32_t holder = __ballot_sync(kAllLanes, better == gate.top_k - 1);
-  const uint32_t least = __shfl_sync(kAllLanes, best, __ffs(static_cast<int>(holder)) - 1);
+  // At least top_k lanes have fewer than top_k better ones.
+  const uint32_t least = __reduce_min_sync(kAllLanes, better < gate.top_k ? best : ~0u);
   uint32_t reaching = 0;
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) reaching |= (keys[j] >= least ? 1u : 0u) << j;
   uint32_t finalists;
-  const uint32_t before = SumOfLowerLanes(__popc(reaching), lane, finalists);
-  // No finalists at all: fewer lanes with elements than top_k.
-  if (least == 0 || finalists > kMostFinalists) return ChooseOneByOne(gate, lane, keys);
-  uint32_t at = before;
+  uint32_t at = SumOfLowerLanes(__popc(reaching), lane, finalists);
+  if (least == 0 || finalists > kMostFinalists) {
+    ChooseOneByOne(gate, lane, keys, score, memory);
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
-    if ((reaching >> j) & 1u) memory.finalists[at++] = keys[j];
+    if (((reaching >> j) & 1u) == 0) continue;
+    memory.finalists[at] = keys[j];
+    memory.finalist_ids[at] = static_cast<uint32_t>(lane * gate.per_lane + j);
+    memory.finalist_scores[at++] = score[j];
   }
-  // Padding is worse than any.
+  // Padding to a multiple of 4 is worse than any.
   if (lane < 4 && finalists + lane < kMostFinalists) memory.finalists[finalists + lane] = 0;
   __syncwarp();
-  // A lane ranks finalists `lane` and `lane + 32`.
-  uint32_t won[2];
+  uint32_t slots = 0;  // of the finalists before
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if (32 * half >= static_cast<int>(finalists)) continue;
     const int mine = lane + 32 * half;
-    if (32 * half >= static_cast<int>(finalists)) {
-      won[half] = 0;
-      continue;
-    }
     const bool exists = mine < static_cast<int>(finalists);
-    const uint32_t key = exists ? memory.finalists[mine] : 0;
+    const uint32_t key = exists ? memory.finalists[mine] : ~0u;
     int ahead = 0;
     for (int i = 0; i < static_cast<int>(finalists); i += 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(&memory.finalists[i]);
-      ahead += four.x > key || (four.x == key && i < mine);
-      ahead += four.y > key || (four.y == key && i + 1 < mine);
-      ahead += four.z > key || (four.z == key && i + 2 < mine);
-      ahead += four.w > key || (four.w == key && i + 3 < mine);
+      // Of equals the lower is ahead: it reaches the key, the higher has to pass it.
+      ahead += four.x > key - (i < mine);
+      ahead += four.y > key - (i + 1 < mine);
+      ahead += four.z > key - (i + 2 < mine);
+      ahead += four.w > key - (i + 3 < mine);
     }
-    won[half] = __ballot_sync(kAllLanes, exists && ahead < gate.top_k);
+    const bool won = exists && ahead < gate.top_k;
+    const uint32_t winners = __ballot_sync(kAllLanes, won);
+    if (won) {
+      const uint32_t slot = slots + __popc(winners & ((1u << lane) - 1u));
+      memory.ids[slot] = memory.finalist_ids[mine];
+      memory.scores[slot] = memory.finalist_scores[mine];
+    }
+    slots += __popc(winners);
   }
-  // Back to the lanes that have them.
-  const uint64_t both = (static_cast<uint64_t>(won[1]) << 32) | won[0];
-  uint32_t chosen = 0;
-  at = before;
+}
+
+// 1 / (1 + exp(-logit)), rounded as division is.
+template <int kPerLane>
+__device__ __forceinline__ void Sigmoid(float (&score)[kPerLane]) {
+  float largest = 0.0f;
+  bool has_nan = false;
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
-    if ((reaching >> j) & 1u) chosen |= static_cast<uint32_t>((both >> at++) & 1u) << j;
+    score[j] = __fadd_rn(1.0f, ExactExp(__fsub_rn(0.0f, score[j])));
+    has_nan = has_nan || score[j] != score[j];
+    largest = fmaxf(largest, score[j]);
   }
-  return chosen;
+  if (largest < 1.7e38f && !has_nan) {
+    // What __frcp_rn does where neither operand nor result is subnormal, without its branches: the
+    // approximation is within one unit, and one step of Newton's rounds correctly.
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      float inverse;
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(score[j]));
+      const float error = __fmaf_rn(-score[j], inverse, 1.0f);
+      score[j] = __fmaf_rn(inverse, error, inverse);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) score[j] = __frcp_rn(score[j]);
 }
 
 // One warp a token.
@@ -294,17 +333,13 @@ __global__ void __launch_bounds__(32 * kWarps) GateSelect(const Gate gate) {
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) score[j] = j < owned ? logits[j] : kMinusInfinity;
+    for (int j = 0; j < kPerLane; ++j) score[j] = j < owned ? logits[j] : 0.0f;
   }
 
   if (gate.softmax) {
     Softmax(gate, lane, owned, score, memory);
   } else {
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      // __frcp_rn is the correctly rounded 1 / x.
-      score[j] = __frcp_rn(__fadd_rn(1.0f, ExactExp(__fsub_rn(0.0f, score[j]))));
-    }
+    Sigmoid(score);
   }
   float choice[kPerLane];
 #pragma unroll
@@ -319,17 +354,7 @@ __global__ void __launch_bounds__(32 * kWarps) GateSelect(const Gate gate) {
       KeepBestGroups(gate, lane, owned, choice);
     }
   }
-  const uint32_t chosen = ChooseLargest(gate, lane, owned, choice, memory);
-
-  uint32_t all_chosen;
-  uint32_t slot = SumOfLowerLanes(__popc(chosen), lane, all_chosen);
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    if (((chosen >> j) & 1u) == 0) continue;
-    memory.ids[slot] = static_cast<uint32_t>(first + j);
-    memory.scores[slot] = score[j];
-    ++slot;
-  }
+  ChooseLargest(gate, lane, owned, choice, score, memory);
   __syncwarp();
   if (lane >= gate.top_k) return;
   float weight = memory.scores[lane];
