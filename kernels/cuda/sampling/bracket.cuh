@@ -28,12 +28,13 @@ __device__ inline Curve EstimateCurve(RowMemory& memory, const RowState& row, fl
                                       uint32_t top_k) {
   constexpr int kSamples = 8;
   if (threadIdx.x == 0) memory.bracket_end = kBins;
-  // The upper half counts largest logits, the lower half weighs the others.
-  uint32_t* const counts = reinterpret_cast<uint32_t*>(memory.histogram);
+  // The upper half counts largest logits, the lower half weighs the others. Four counters a bin:
+  // most lanes of a warp have one of few bins.
+  uint32_t* const counts = reinterpret_cast<uint32_t*>(memory.histogram) + threadIdx.x % 4;
   const int thread = static_cast<int>(threadIdx.x);
   const int rest = 4 * ((row.slice.quads - thread + kThreads - 1) / kThreads) - 1;
   if (thread < row.slice.quads) {
-    atomicAdd(&counts[BinOf(ExponentOf(row, largest))], 1u << 16);
+    atomicAdd(&counts[4 * BinOf(ExponentOf(row, largest))], 1u << 16);
     const int step = (row.slice.pieces + kSamples - 1) / kSamples;
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) {
@@ -42,15 +43,16 @@ __device__ inline Curve EstimateCurve(RowMemory& memory, const RowState& row, fl
       const int place = 4 * quad + i % 4;
       float logit = row.slice.data[place];
       if (logit == largest) logit = row.slice.data[place ^ 1];
-      atomicAdd(&counts[BinOf(ExponentOf(row, logit))], (rest + i) / kSamples);
+      atomicAdd(&counts[4 * BinOf(ExponentOf(row, logit))], (rest + i) / kSamples);
     }
   }
   ClusterBarrier();
   uint32_t surely = 0, others = 0;
-#pragma unroll
+#pragma unroll 2
   for (int r = 0; r < kRanks; ++r) {
-    const uint32_t packed =
-        __float_as_uint(LoadCluster(ClusterAddress(SharedAddress(&counts[threadIdx.x]), r)));
+    const uint4 four =
+        LoadCluster4(ClusterAddress(SharedAddress(&memory.histogram[threadIdx.x]), r));
+    const uint32_t packed = four.x + four.y + four.z + four.w;
     surely += packed >> 16;
     others += packed & 0xffffu;
   }

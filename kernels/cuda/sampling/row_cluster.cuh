@@ -14,8 +14,11 @@ namespace moebius::kernels::cuda {
 constexpr int kRanks = 8;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPiece = 4 * kThreads;  // floats: what one bulk copy brings, a float4 a thread
+constexpr int kPiece = 4 * kThreads;  // floats: a float4 a thread
 constexpr int kMostPieces = 52;
+// Pieces that one bulk copy brings: one thread takes some 150 cycles to start a copy.
+constexpr int kPiecesOfCopy = 4;
+constexpr int kMostCopies = kMostPieces / kPiecesOfCopy;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __host__ __device__ constexpr int SliceOf(int vocab) {
@@ -80,14 +83,16 @@ __device__ __forceinline__ Slice LoadSlice(const float* row, int vocab, uint32_t
   if (aligned) {
     const int whole = count / 4;  // quads
     if (threadIdx.x == 0) {
-      for (int p = 0; p < mine.pieces; ++p) BarrierInit(&barriers[p], 1);
+      constexpr int kQuads = kPiecesOfCopy * kThreads;
+      const int copies = (mine.pieces + kPiecesOfCopy - 1) / kPiecesOfCopy;
+      for (int c = 0; c < copies; ++c) BarrierInit(&barriers[c], 1);
       BarrierInitFence();
-      for (int p = 0; p < mine.pieces; ++p) {
+      for (int c = 0; c < copies; ++c) {
         const uint32_t bytes =
-            static_cast<uint32_t>(min(kThreads, whole - p * kThreads)) * sizeof(float4);
-        // A piece of less than a quad comes by the loop below alone.
-        BarrierArriveExpect(&barriers[p], bytes);
-        if (bytes > 0) BulkLoad(data + p * kPiece, from + p * kPiece, bytes, &barriers[p]);
+            static_cast<uint32_t>(min(kQuads, whole - c * kQuads)) * sizeof(float4);
+        // Less than a quad comes by the loop below alone.
+        BarrierArriveExpect(&barriers[c], bytes);
+        if (bytes > 0) BulkLoad(data + 4 * c * kQuads, from + 4 * c * kQuads, bytes, &barriers[c]);
       }
     }
     if (threadIdx.x >= 32 && threadIdx.x < 36) {
@@ -103,17 +108,7 @@ __device__ __forceinline__ Slice LoadSlice(const float* row, int vocab, uint32_t
   return mine;
 }
 __device__ __forceinline__ void AwaitPiece(bool aligned, uint64_t* barriers, int piece) {
-  if (aligned) BarrierWait(&barriers[piece], 0);
-}
-
-// Brings this CTA's slice of another row to L2, for the cluster that will take it.
-__device__ __forceinline__ void PrefetchSlice(const float* row, int vocab, uint32_t rank) {
-  const int slice = SliceOf(vocab);
-  const int begin = min(vocab, static_cast<int>(rank) * slice);
-  const uint32_t bytes = static_cast<uint32_t>(min(vocab - begin, slice) / 4) * sizeof(float4);
-  if (bytes == 0) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row + begin), "r"(bytes)
-               : "memory");
+  if (aligned) BarrierWait(&barriers[piece / kPiecesOfCopy], 0);
 }
 
 // This thread's quad of a piece; -infinity beyond the slice.

@@ -1,7 +1,5 @@
 #include "kernels/cuda/sampling/sampling.h"
 
-#include <algorithm>
-
 #include "absl/strings/str_cat.h"
 #include "base/prng.h"
 #include "base/status_macros.h"
@@ -17,8 +15,6 @@ struct Rows {
   int64_t stride;
   int vocab;
   bool aligned;  // every row starts at a multiple of 16 bytes
-  int64_t m;
-  int64_t ahead;  // so many rows later, a row is taken when this one is done
   // Draws
   const SamplingParams* params;
   const uint64_t* token_index;
@@ -207,12 +203,27 @@ __device__ inline bool DrawAmongFew(RowMemory& memory, const RowState& row, uint
   return memory.chosen != 0;
 }
 
+// What is drawn from a row, and the guess where.
+struct Draw {
+  SamplingParams params;
+  Bracket bracket;
+  Curve curve;
+  uint64_t total;
+  uint32_t top_k;  // 0: all
+  float u;
+  int vocab;
+};
+
 // The draw in the general case: one selection after the other. Leaves the token's key in
 // chosen_key.
 __device__ __noinline__ void DrawBySelection(RowMemory& memory, const RowState& row,
-                                             Bracket bracket, const Curve& curve,
-                                             const SamplingParams& params, uint32_t top_k,
-                                             uint64_t total, float u, int vocab) {
+                                             const Draw& draw) {
+  const SamplingParams& params = draw.params;
+  const uint32_t top_k = draw.top_k;
+  const uint64_t total = draw.total;
+  const float u = draw.u;
+  Bracket bracket = draw.bracket;
+
   uint64_t mass_above = SumOf(memory.announced.mass_above);
   // One selection, in the present bracket if it can be there; leaves it and the running sum in
   // memory.chosen_...
@@ -233,9 +244,9 @@ __device__ __noinline__ void DrawBySelection(RowMemory& memory, const RowState& 
     if (step == kDrawn && bracket.above != 0.0f && params.top_p < 1.0f) {
       // The bracket was top_p's. List those around the draw's own place.
       bracket = BracketOfMass(
-          memory, curve,
+          memory, draw.curve,
           static_cast<float>(static_cast<double>(target.value) / static_cast<double>(total)),
-          vocab);
+          draw.vocab);
       if (threadIdx.x == 0) memory.listed = 0;
       __syncthreads();
       int64_t none = 0, above = 0;
@@ -288,8 +299,6 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
     has_nan =
         has_nan || quad.x != quad.x || quad.y != quad.y || quad.z != quad.z || quad.w != quad.w;
   }
-  if (threadIdx.x == 0 && rows.aligned && at + rows.ahead < rows.m)
-    PrefetchSlice(rows.logits + (at + rows.ahead) * rows.stride, rows.vocab, row.rank);
   const uint32_t largest = __reduce_max_sync(kAllLanes, OrderedBits(thread_largest));
   has_nan = __any_sync(kAllLanes, has_nan);
   if (lane == 0) memory.scan[0][warp] = (static_cast<uint64_t>(has_nan) << 32) | largest;
@@ -370,7 +379,6 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
 
   TokenId token = 0;
   float logit = row.maximum;
-  bool has_log = false;
   if (by_largest) {
     uint32_t first = ~0u;
 #pragma unroll
@@ -380,15 +388,16 @@ __global__ void __cluster_dims__(kRanks) __launch_bounds__(kThreads, 3)
     const uint64_t total = tempered ? SumOf(memory.announced.mass) : total_one;
     const uint32_t listed = ListedByAll(memory);
     const bool few = bracket.above == 0.0f && listed >= top_k && listed <= kMostGathered;
-    has_log = few;
-    if (!few || !DrawAmongFew(memory, row, listed, params, top_k, total, u))
-      DrawBySelection(memory, row, bracket, curve, params, top_k, total, u, rows.vocab);
+    if (!few || !DrawAmongFew(memory, row, listed, params, top_k, total, u)) {
+      if (!few && row.rank == 0 && threadIdx.x == 0) memory.log_sum = LogOfMass(total_one);
+      DrawBySelection(memory, row, Draw{params, bracket, curve, total, top_k, u, rows.vocab});
+    }
     token = IdOfKey(memory.chosen_key);
     logit = LogitOfKey(memory.chosen_key);
   }
   if (row.rank == 0 && threadIdx.x == 0) {
     rows.tokens[at] = token;
-    const float log_sum = has_log ? memory.log_sum : LogOfMass(total_one);
+    const float log_sum = by_largest ? LogOfMass(SumOf(memory.announced.mass_one)) : memory.log_sum;
     rows.logprobs[at] =
         nan_of_row ? __int_as_float(0x7fffffff) : __fsub_rn(__fsub_rn(logit, row.maximum), log_sum);
   }
@@ -418,11 +427,6 @@ absl::Status Launch(const char* op, Rows rows, int64_t m, cudaStream_t stream) {
   rows.aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.stride % 4 == 0;
   const int bytes = SliceOf(rows.vocab) * static_cast<int>(sizeof(float));
   static_assert(SliceOf(kSamplingMaxVocab) <= kMostPieces * kPiece, "slices fit");
-  rows.m = m;
-  // About as many clusters run at once.
-  const int ctas = std::min(
-      3, 233'472 / (bytes + static_cast<int>(sizeof(RowMemory)) + 2048));  // of shared memory
-  rows.ahead = std::max(1, MultiprocessorCount() * ctas / kRanks);
   const auto kernel = SampleRows<kDraw>;
   RETURN_IF_ERROR(
       ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

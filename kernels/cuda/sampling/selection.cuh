@@ -39,7 +39,7 @@ struct Target {
 
 // The shared memory of a CTA beside its slice.
 struct RowMemory {
-  uint64_t barriers[kMostPieces];
+  uint64_t barriers[kMostCopies];
   Announced announced;
   uint4 histogram[kBins];  // masses in limbs of 14 bits (x, y, z) and the number of candidates (w)
   uint16_t list[kMostListed];  // places in the slice of the candidates in the bracket
@@ -220,46 +220,65 @@ __device__ inline void ResolveCrossing(RowMemory& memory, const RowState& row, T
 // share a bin.
 __device__ inline bool SelectBracketed(RowMemory& memory, const RowState& row, Bracket bracket,
                                        uint64_t mass_before, Target target) {
-  ClearHistogram(memory);
-  // Bins of equal width in the exponent: monotone in the order of candidates, as the exponent is.
-  const float scale =
-      static_cast<float>(kBins) / fminf(bracket.above - bracket.end, -kLeastExponent);
-  const auto bin_of = [&](int place) {
-    const float distance = __fsub_rn(bracket.above, ExponentOf(row, row.slice.data[place]));
-    return min(kBins - 1, static_cast<int>(__fmul_rn(distance, scale)));
-  };
   // A CTA whose list was too short looks at its whole slice again.
   const bool all = memory.listed > kMostListed;
   const int count = all ? 4 * row.slice.quads : memory.listed;
   const auto place_of = [&](int i) { return all ? i : static_cast<int>(memory.list[i]); };
-  const auto is_in = [&](int place) {
-    if (!all) return true;
-    const float exponent = ExponentOf(row, row.slice.data[place]);
-    return exponent <= bracket.above && exponent > bracket.end;
+  // Bins of equal width in the exponent, monotone in the order of candidates as the exponent is;
+  // then the same over the bin with the crossing. What is below the last bin counts to it.
+  float above = bracket.above;
+  float scale = static_cast<float>(kBins) /
+                (above - fmaxf(bracket.end, static_cast<float>(-kBins / kBinsPerOctave)));
+  const float first_scale = scale;
+  int first_bin = -1;  // that the second round looks at
+  const auto bin_with = [&](float from, float by, float exponent) {
+    const float at = __fmul_rn(__fsub_rn(from, exponent), by);
+    return static_cast<int>(fminf(fmaxf(at, 0.0f), static_cast<float>(kBins - 1)));
   };
-  for (int base = 0; base < count; base += kThreads) {
-    const int i = base + static_cast<int>(threadIdx.x);
-    const int place = i < count ? place_of(i) : 0;
-    const bool in = i < count && is_in(place);
-    AddWarpToBins(memory.histogram, in ? bin_of(place) : -1,
-                  in ? MassOf(ExponentOf(row, row.slice.data[place])) : 0);
-  }
-  __syncthreads();
-  FindCrossing(memory, target, mass_before, 0);
-  if (memory.found_bin == kBins || memory.found_size > kMostGathered) {
+  const auto bin_of = [&](float exponent) {
+    if (!(exponent <= bracket.above && exponent > bracket.end)) return -1;
+    if (first_bin >= 0 && bin_with(bracket.above, first_scale, exponent) != first_bin) return -1;
+    return bin_with(above, scale, exponent);
+  };
+  uint64_t count_before = 0;
+  for (int round = 0; round < 2; ++round) {
+    ClearHistogram(memory);
+    for (int base = 0; base < count; base += kThreads) {
+      const int i = base + static_cast<int>(threadIdx.x);
+      int bin = -1;
+      float exponent = kLeastExponent;
+      if (i < count) {
+        exponent = ExponentOf(row, row.slice.data[place_of(i)]);
+        bin = bin_of(exponent);
+      }
+      AddWarpToBins(memory.histogram, bin, bin >= 0 ? MassOf(exponent) : 0);
+    }
+    __syncthreads();
+    FindCrossing(memory, target, mass_before, count_before);
+    const bool found = memory.found_bin < kBins;
+    if (found && memory.found_size <= kMostGathered) {
+      uint32_t before = 0;
+      for (uint32_t r = 0; r < row.rank; ++r) before += memory.counts_of_bin[r];
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        const int place = place_of(i);
+        if (bin_of(ExponentOf(row, row.slice.data[place])) == static_cast<int>(memory.found_bin))
+          Gather(memory, row, place, before);
+      }
+      ClusterBarrier();
+      ResolveCrossing(memory, row, target);
+      return true;
+    }
+    if (found) {
+      first_bin = static_cast<int>(memory.found_bin);
+      mass_before = memory.found_mass;
+      count_before = memory.found_count;
+      above = bracket.above - static_cast<float>(first_bin) / first_scale;
+      scale = first_scale * static_cast<float>(kBins);
+    }
     ClusterBarrier();  // all have read the histograms
-    return false;
+    if (!found) return false;
   }
-  uint32_t before = 0;
-  for (uint32_t r = 0; r < row.rank; ++r) before += memory.counts_of_bin[r];
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int place = place_of(i);
-    if (is_in(place) && bin_of(place) == static_cast<int>(memory.found_bin))
-      Gather(memory, row, place, before);
-  }
-  ClusterBarrier();
-  ResolveCrossing(memory, row, target);
-  return true;
+  return false;
 }
 
 // Among all candidates of the row, whatever they are: bins of keys, 8 bits a step.
