@@ -8,6 +8,7 @@ namespace moebius::bench {
 
 void BenchBf16Linear(Report& report);
 void BenchExpertFfn(Report& report);
+void BenchChoose(Report& report);
 void BenchFp8Linear(Report& report);
 void BenchMlaAttention(Report& report);
 void BenchRmsNorm(Report& report);

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
       {"bf16_linear", BenchBf16Linear},
       {"expert_ffn", BenchExpertFfn},
+      {"choose", BenchChoose},
       {"fp8_linear", BenchFp8Linear},
       {"mla_attention", BenchMlaAttention},
       {"fp8_linear", BenchFp8Linear},        {"rms_norm", BenchRmsNorm},
