@@ -13,15 +13,18 @@
 int main(int argc, char** argv) {
   using namespace moebius::bench;
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
-      {"bf16_linear", BenchBf16Linear},
-      {"expert_ffn", BenchExpertFfn},
-      {"choose", BenchChoose},
-      {"fp8_linear", BenchFp8Linear},
       {"mla_attention", BenchMlaAttention},
-      {"fp8_linear", BenchFp8Linear},        {"rms_norm", BenchRmsNorm},
-      {"quantize_rows", BenchQuantizeRows},  {"combine", BenchCombine},
-      {"rope_and_cache", BenchRopeAndCache}, {"swiglu", BenchSwiGlu},
-      {"residual", BenchResidual},           {"embedding", BenchEmbedding},
+      {"expert_ffn", BenchExpertFfn},
+      {"fp8_linear", BenchFp8Linear},
+      {"bf16_linear", BenchBf16Linear},
+      {"choose", BenchChoose},
+      {"rms_norm", BenchRmsNorm},
+      {"quantize_rows", BenchQuantizeRows},
+      {"rope_and_cache", BenchRopeAndCache},
+      {"combine", BenchCombine},
+      {"swiglu", BenchSwiGlu},
+      {"residual", BenchResidual},
+      {"embedding", BenchEmbedding},
       {"row_digest", BenchRowDigest},
   };
   std::string json, passed, failed, command = "cuda_bench";

@@ -111,15 +111,6 @@ __device__ __forceinline__ float LoadCluster(uint32_t address) {
   return value;
 }
 
-// Programmatic dependent launch: waits until the kernels that this one depends on are complete and
-// their writes visible; lets a dependent kernel start as soon as there is room for it.
-__device__ __forceinline__ void WaitForKernelBefore() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-__device__ __forceinline__ void LetNextKernelStart() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void RegistersUp() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
 #include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/device/wgmma.cuh"
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     PrefetchTensorMap(&queries);
     PrefetchTensorMap(&cache);
   }
-  WaitForKernelBefore();
+  WaitForPrecedingKernel();
   LetNextKernelStart();  // it finds room as our CTAs end, and waits for them
   if (shape.schedule.split) MakeShares(shape.schedule, s.shares);
   __syncthreads();
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(kMaxSplitRows)
     MergeSegments(const __grid_constant__ Shape shape) {
   __shared__ MlaShares shares;
   MakeShares(shape.schedule, shares);  // from what MlaAttention too has waited for
-  WaitForKernelBefore();
+  WaitForPrecedingKernel();
   LetNextKernelStart();
   const int half = static_cast<int>(threadIdx.x) / 128,
             thread = static_cast<int>(threadIdx.x) % 128;
