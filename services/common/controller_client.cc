@@ -13,10 +13,18 @@ constexpr std::chrono::milliseconds kRetryEvery(200);
 }  // namespace
 
 ControllerClient::ControllerClient(const std::string& address, const ListenOptions& credentials,
-                                   v1::Worker self, Handlers handlers)
-    : stub_(v1::Control::NewStub(MakeChannel(address, credentials))),
+                                   v1::Worker self, Handlers handlers,
+                                   std::chrono::milliseconds silence)
+    : address_(address),
+      credentials_(credentials),
       handlers_(std::move(handlers)),
+      silence_(silence),
+      stub_(Connect()),
       self_(std::move(self)) {}
+
+std::shared_ptr<v1::Control::Stub> ControllerClient::Connect() const {
+  return v1::Control::NewStub(MakeChannel(address_, credentials_));
+}
 
 void ControllerClient::Start() {
   if (self_.node() != 0) renew_thread_ = std::thread([this] { RenewLoop(); });
@@ -63,10 +71,12 @@ void ControllerClient::RenewLoop() {
   bool reported = true;
   while (true) {
     v1::RenewRequest request;
+    std::shared_ptr<v1::Control::Stub> stub;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (stopping_) return;
       renew_now_ = false;
+      stub = stub_;
       *request.mutable_worker() = self_;
       request.set_operation_done(operation_done_);
       request.set_leaving(leaving_);
@@ -74,7 +84,7 @@ void ControllerClient::RenewLoop() {
     grpc::ClientContext context;
     context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(1));
     v1::RenewReply reply;
-    const grpc::Status status = stub_->Renew(&context, request, &reply);
+    const grpc::Status status = stub->Renew(&context, request, &reply);
     std::unique_lock<std::mutex> lock(mutex_);
     if (status.ok()) {
       reported = false;
@@ -124,26 +134,46 @@ void ControllerClient::OrderLoop() {
 }
 
 void ControllerClient::WatchLoop() {
+  std::string taken_in;  // the last view handed over, as bytes
   do {
     grpc::ClientContext context;
+    std::shared_ptr<v1::Control::Stub> stub;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (stopping_) return;
       watching_ = &context;
+      stub = stub_;
     }
-    auto reader = stub_->Watch(&context, v1::WatchRequest());
+    std::atomic<bool> silent{false};
+    StallWatch::Stream heard(silence_, [&] {
+      silent.store(true);
+      context.TryCancel();
+    });
+    heard.Begin();
+    auto reader = stub->Watch(&context, v1::WatchRequest());
     v1::ClusterView view;
-    while (reader->Read(&view)) {
+    for (; reader->Read(&view); heard.Begin()) {
+      heard.End();
+      std::string bytes = view.SerializeAsString();
+      if (bytes == taken_in) continue;
       while (true) {
         const absl::Status taken = handlers_.on_view(view);
-        if (taken.ok()) break;
+        if (taken.ok()) {
+          taken_in = std::move(bytes);
+          break;
+        }
         LOG_WARNING(absl::StrCat("view of epoch ", view.epoch(), ": ", taken.ToString()));
         if (!Pause(kRetryEvery)) break;
       }
     }
+    heard.End();
     (void)reader->Finish();
+    if (silent.load()) {
+      LOG_WARNING(absl::StrCat("controller at ", address_, " is silent; connecting anew"));
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     watching_ = nullptr;
+    if (silent.load()) stub_ = Connect();
   } while (Pause(kRetryEvery));
 }
 

@@ -3,9 +3,12 @@
 // A worker's side of the Control service: renews the lease and carries the controller's orders, and
 // watches the cluster. Both run on threads of their own and go on for ever: a controller that is
 // away is retried, and what the worker last heard stays in force meanwhile (the data plane does not
-// need the controller).
+// need the controller). A controller repeats its view each second; a watch that hears nothing for
+// kWatchSilence is ended and everything connected anew, since a host that vanished without a word
+// leaves connections that look alive.
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -15,8 +18,11 @@
 
 #include "moebius/v1/control.grpc.pb.h"
 #include "services/common/grpc_server.h"
+#include "services/common/stall_watch.h"
 
 namespace moebius::services {
+
+inline constexpr std::chrono::milliseconds kWatchSilence(3000);
 
 class ControllerClient {
  public:
@@ -29,7 +35,7 @@ class ControllerClient {
   };
   // `self.node() == 0`: watch only (a gateway).
   ControllerClient(const std::string& address, const ListenOptions& credentials, v1::Worker self,
-                   Handlers handlers);
+                   Handlers handlers, std::chrono::milliseconds silence = kWatchSilence);
   ~ControllerClient();
 
   // Starts the threads. Apart from the constructor, so that handlers may use what owns this client.
@@ -45,9 +51,14 @@ class ControllerClient {
   void WatchLoop();
   bool Pause(std::chrono::milliseconds time);
 
-  std::unique_ptr<v1::Control::Stub> stub_;
+  std::shared_ptr<v1::Control::Stub> Connect() const;
+
+  const std::string address_;
+  const ListenOptions credentials_;
   const Handlers handlers_;
+  StallWatch silence_;
   std::mutex mutex_;
+  std::shared_ptr<v1::Control::Stub> stub_;
   std::condition_variable wake_;
   v1::Worker self_;
   bool leaving_ = false;

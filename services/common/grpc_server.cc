@@ -99,6 +99,8 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
     }
   }
   grpc::ChannelArguments arguments;
+  // A new channel means a new connection: one that died without a word is not found again.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   // Despite its name the time that one attempt may take: a busy or distant peer needs more than the
   // back-off after a refused one.

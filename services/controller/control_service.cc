@@ -119,13 +119,17 @@ void ControlService::FillView(v1::ClusterView* view) const {
 
 grpc::Status ControlService::Watch(grpc::ServerContext* context, const v1::WatchRequest*,
                                    grpc::ServerWriter<v1::ClusterView>* writer) {
+  // An unchanged view is said again now and then: a watcher takes silence for a dead connection.
+  constexpr std::chrono::milliseconds kBeat(1000);
   uint64_t seen = 0;
+  auto next_beat = std::chrono::steady_clock::now();
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopping_ && !context->IsCancelled()) {
-    if (state_.version() == seen) {
-      changed_.wait_for(lock, std::chrono::milliseconds(500));
+    if (state_.version() == seen && std::chrono::steady_clock::now() < next_beat) {
+      changed_.wait_for(lock, kBeat / 2);
       continue;
     }
+    next_beat = std::chrono::steady_clock::now() + kBeat;
     seen = state_.version();
     v1::ClusterView view;
     FillView(&view);

@@ -63,7 +63,7 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Start(const ServiceFlags& flag
   gateway->limits_.default_deadline_ms = flags.default_deadline_ms;
   gateway->credentials_ = flags.listen;
   gateway->max_in_flight_ = flags.max_in_flight;
-  gateway->writes_ = std::make_unique<WriteWatch>(std::chrono::milliseconds(flags.write_stall_ms));
+  gateway->writes_ = std::make_unique<StallWatch>(std::chrono::milliseconds(flags.write_stall_ms));
   // Request numbers of two gateways, or of one that restarted, must not meet in a worker.
   gateway->next_request_ = FreshNodeId() << 20 | 1;
   gateway->status_ = std::make_unique<StatusServiceImpl>(
@@ -174,7 +174,7 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   resolved->set_request(number);
   const std::unique_ptr<grpc::ClientContext> upstream = Upstream(*context, resolved->deadline_ms());
   auto reader = (*ticket)->stub().Generate(upstream.get(), *resolved);
-  WriteWatch::Stream watched(*writes_, [this, context, id] {
+  StallWatch::Stream watched(*writes_, [this, context, id] {
     ++slow_clients_;
     LOG_WARNING(absl::StrCat("request ", id, ": the client does not read, cut off"));
     context->TryCancel();
@@ -207,9 +207,9 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
       event.mutable_usage()->set_completion_tokens(completion_tokens);
       event.mutable_usage()->set_preemptions(token.preemptions());
     }
-    watched.BeginWrite();
+    watched.Begin();
     const bool written = writer->Write(event);
-    watched.EndWrite();
+    watched.End();
     if (!written) {
       upstream->TryCancel();
       break;

@@ -15,9 +15,9 @@
 #include "moebius/v1/worker.grpc.pb.h"
 #include "services/common/controller_client.h"
 #include "services/common/flags.h"
+#include "services/common/stall_watch.h"
 #include "services/common/status_service.h"
 #include "services/gateway/request_check.h"
-#include "services/gateway/write_watch.h"
 
 namespace moebius::services {
 
@@ -59,7 +59,7 @@ class Gateway final : public v1::Generation::Service {
   RequestLimits limits_;
   ListenOptions credentials_;
   int max_in_flight_ = 0;
-  std::unique_ptr<WriteWatch> writes_;
+  std::unique_ptr<StallWatch> writes_;
   std::mutex mutex_;
   std::condition_variable idle_;
   std::map<uint64_t, Backend> backends_;  // by node

@@ -1,7 +1,9 @@
 #include "services/gateway/request_check.h"
 
+#include <algorithm>
 #include <cmath>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "model/chat_template.h"
@@ -15,8 +17,11 @@ constexpr size_t kMaxTextBytes = 8 << 20;
 
 absl::Status CheckModel(const ModelHost& host, const std::string& model) {
   if (model.empty() || model == host.id) return absl::OkStatus();
-  return absl::NotFoundError(
-      absl::StrCat("model: '", model, "' is not served; this is '", host.id, "'"));
+  // Status messages travel in HTTP/2 headers, which have a limit and hold no control characters.
+  constexpr size_t kEchoed = 64;
+  return absl::NotFoundError(absl::StrCat("model: '", absl::CEscape(model.substr(0, kEchoed)),
+                                          model.size() > kEchoed ? "..." : "",
+                                          "' is not served; this is '", host.id, "'"));
 }
 
 absl::Status CheckText(const ModelHost& host, const std::string& text, absl::string_view field) {
@@ -64,8 +69,12 @@ absl::StatusOr<std::vector<TokenId>> EncodeChat(const ModelHost& host,
 }
 
 absl::Status CheckRequestId(const std::string& id) {
-  if (id.size() <= 128) return absl::OkStatus();
-  return absl::InvalidArgumentError("request_id: longer than 128 bytes");
+  if (id.size() > 128) return absl::InvalidArgumentError("request_id: longer than 128 bytes");
+  // It goes to logs and back to clients: no line breaks, no terminal commands.
+  const auto bad = std::find_if(id.begin(), id.end(), [](char c) { return c < 0x20 || c > 0x7e; });
+  if (bad == id.end()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("request_id: byte ", bad - id.begin(), " is not printable ASCII"));
 }
 
 // With the default put in.

@@ -52,6 +52,14 @@ TEST_F(RequestCheck, NamesTheFieldOfEveryBadRequest) {
   ExpectBad([](auto& r) { r.mutable_chat(); }, "chat.messages");
   ExpectBad([](auto& r) { r.mutable_chat()->add_messages()->set_role("wizard"); }, "messages[0]");
   ExpectBad([](auto& r) { r.set_model("gpt"); }, "model", absl::StatusCode::kNotFound);
+  {
+    v1::GenerateRequest request = Good();
+    request.set_model(std::string(1 << 20, '\n'));
+    const absl::Status status = ResolveGenerate(*host_, limits_, request).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+    EXPECT_LT(status.message().size(), 400u) << "it must fit the headers of the answer";
+    EXPECT_EQ(status.message().find('\n'), absl::string_view::npos);
+  }
   ExpectBad([](auto& r) { r.mutable_token_ids()->add_ids(4096); }, "token_ids[1]");
   ExpectBad([](auto& r) { r.mutable_token_ids()->add_ids(-1); }, "token_ids[1]");
   ExpectBad(
@@ -79,6 +87,8 @@ TEST_F(RequestCheck, NamesTheFieldOfEveryBadRequest) {
   ExpectBad([](auto& r) { r.add_stop(""); }, "stop[0]");
   ExpectBad([](auto& r) { r.set_deadline_ms(-5); }, "deadline_ms");
   ExpectBad([](auto& r) { r.set_request_id(std::string(200, 'x')); }, "request_id");
+  ExpectBad([](auto& r) { r.set_request_id("a\nforged log line"); }, "request_id: byte 1");
+  ExpectBad([](auto& r) { r.set_request_id("\x1b[2J"); }, "request_id: byte 0");
 }
 
 TEST_F(RequestCheck, FillsInDefaultsAndTheStartToken) {

@@ -1,4 +1,4 @@
-#include "services/gateway/write_watch.h"
+#include "services/common/stall_watch.h"
 
 #include <algorithm>
 #include <utility>
@@ -10,24 +10,24 @@ int64_t NowNs() { return std::chrono::steady_clock::now().time_since_epoch().cou
 
 }  // namespace
 
-WriteWatch::Stream::Stream(WriteWatch& watch, std::function<void()> cut)
+StallWatch::Stream::Stream(StallWatch& watch, std::function<void()> cut)
     : watch_(watch), cut_(std::move(cut)) {
   std::lock_guard<std::mutex> lock(watch_.mutex_);
   watch_.streams_.insert(this);
 }
 
-WriteWatch::Stream::~Stream() {
+StallWatch::Stream::~Stream() {
   std::lock_guard<std::mutex> lock(watch_.mutex_);
   watch_.streams_.erase(this);
 }
 
-void WriteWatch::Stream::BeginWrite() { since_ns_.store(NowNs()); }
+void StallWatch::Stream::Begin() { since_ns_.store(NowNs()); }
 
-WriteWatch::WriteWatch(std::chrono::milliseconds limit) : limit_(limit) {
+StallWatch::StallWatch(std::chrono::milliseconds limit) : limit_(limit) {
   thread_ = std::thread([this] { Loop(); });
 }
 
-WriteWatch::~WriteWatch() {
+StallWatch::~StallWatch() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
@@ -36,7 +36,7 @@ WriteWatch::~WriteWatch() {
   thread_.join();
 }
 
-void WriteWatch::Loop() {
+void StallWatch::Loop() {
   const auto period = std::max(limit_ / 4, std::chrono::milliseconds(1));
   std::unique_lock<std::mutex> lock(mutex_);
   while (!wake_.wait_for(lock, period, [this] { return stopping_; })) {

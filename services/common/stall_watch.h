@@ -1,8 +1,8 @@
 #pragma once
 
-// Ends streams whose client does not read. A write to such a client blocks on HTTP/2 flow control
-// for as long as the connection lives, and with it a thread and a place among the requests in
-// flight; nothing but cancelling the call ends it.
+// Ends calls that stall. A write to a client that does not read blocks on HTTP/2 flow control for
+// as long as the connection lives, and so does a read from a host that vanished without a word;
+// nothing but cancelling the call ends either.
 
 #include <atomic>
 #include <chrono>
@@ -15,28 +15,28 @@
 
 namespace moebius::services {
 
-class WriteWatch {
+class StallWatch {
  public:
-  // A write that takes longer than `limit` (up to a quarter more) is cut off.
-  explicit WriteWatch(std::chrono::milliseconds limit);
-  ~WriteWatch();
+  // A step (one write, one read) that takes longer than `limit` (up to a quarter more) is cut off.
+  explicit StallWatch(std::chrono::milliseconds limit);
+  ~StallWatch();
 
   // One call's stream, on its thread. `cut` runs on the watch's thread, at most once, and never
   // after the destructor has begun to return.
   class Stream {
    public:
-    Stream(WriteWatch& watch, std::function<void()> cut);
+    Stream(StallWatch& watch, std::function<void()> cut);
     ~Stream();
     Stream(const Stream&) = delete;
     Stream& operator=(const Stream&) = delete;
-    void BeginWrite();
-    void EndWrite() { since_ns_.store(0); }
+    void Begin();
+    void End() { since_ns_.store(0); }
 
    private:
-    friend class WriteWatch;
-    WriteWatch& watch_;
+    friend class StallWatch;
+    StallWatch& watch_;
     std::function<void()> cut_;         // empty once it ran; under the watch's lock
-    std::atomic<int64_t> since_ns_{0};  // steady clock; 0: no write is out
+    std::atomic<int64_t> since_ns_{0};  // steady clock; 0: no step is under way
   };
 
  private:
