@@ -10,16 +10,16 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 // No expert: beyond every id that is counted, and equal to none.
 constexpr uint32_t kNone = 0xffffffffu;
 
-// One CTA for kExperts experts, each warp a stretch of the pairs. A first pass counts pairs of
-// lower experts (their number is the first one's offset) and of its own; a second pass places the
-// latter. kUnroll: how many pairs a lane loads at once.
-template <int kWarps, int kUnroll, int kExperts>
+// One CTA an expert, each warp a stretch of the pairs. A first pass counts pairs of lower experts
+// (their number is this expert's offset) and of this one; a second pass places the latter.
+// kUnroll: how many pairs a lane loads at once.
+template <int kWarps, int kUnroll>
 __global__ void __launch_bounds__(32 * kWarps)
     ExpertGroups(const uint32_t* experts, int pairs, int top_k, int num_experts,
                  int32_t* expert_offsets, int32_t* row_index, int32_t* packed_rows) {
-  __shared__ int counts[1 + kExperts][kWarps];  // of lower experts, then of each own
+  __shared__ int lower_of[kWarps], own_of[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t first = blockIdx.x * kExperts;
+  const uint32_t expert = blockIdx.x;
   const int chunk = 32 * kUnroll;
   const int stretch = ((pairs + kWarps - 1) / kWarps + chunk - 1) / chunk * chunk;
   const int begin = min(pairs, warp * stretch), end = min(pairs, begin + stretch);
@@ -27,67 +27,61 @@ __global__ void __launch_bounds__(32 * kWarps)
   // The next kernel's CTAs would be in the way of this one's if there are many.
   if (kWarps <= 8) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
-  // Calls each(pair, id) for the pairs of a warp, in order, 32 at a time.
-  const auto for_pairs = [&](const auto& each) {
-    for (int base = begin; base < end; base += chunk) {
-      uint32_t id[kUnroll];
+  int lower = 0, own = 0;
+  for (int base = begin; base < end; base += chunk) {
+    uint32_t id[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int i = base + 32 * u + lane;
-        id[u] = i < end ? experts[i] : kNone;
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) each(base + 32 * u + lane, id[u]);
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + 32 * u + lane;
+      id[u] = i < end ? experts[i] : kNone;
     }
-  };
-  int lower = 0, own[kExperts] = {};
-  for_pairs([&](int, uint32_t id) {
-    lower += id < first;
 #pragma unroll
-    for (int e = 0; e < kExperts; ++e) own[e] += id == first + e;
-  });
+    for (int u = 0; u < kUnroll; ++u) {
+      lower += id[u] < expert;
+      own += id[u] == expert;
+    }
+  }
   lower = __reduce_add_sync(kAllLanes, lower);
-  if (lane == 0) counts[0][warp] = lower;
-#pragma unroll
-  for (int e = 0; e < kExperts; ++e) {
-    own[e] = __reduce_add_sync(kAllLanes, own[e]);
-    if (lane == 0) counts[1 + e][warp] = own[e];
+  own = __reduce_add_sync(kAllLanes, own);
+  if (lane == 0) {
+    lower_of[warp] = lower;
+    own_of[warp] = own;
   }
   __syncthreads();
-  int offset = 0;
+  int offset = 0, total = 0, at = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) offset += counts[0][w];
-  int at[kExperts];  // of this warp's next pair
-  bool any = false;
-#pragma unroll
-  for (int e = 0; e < kExperts; ++e) {
-    const int expert = static_cast<int>(first) + e;
-    if (threadIdx.x == 0 && expert <= num_experts) expert_offsets[expert] = offset;
-    at[e] = offset;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      at[e] += w < warp ? counts[1 + e][w] : 0;
-      offset += expert < num_experts ? counts[1 + e][w] : 0;
-    }
-    any = any || (own[e] > 0 && expert < num_experts);
+  for (int w = 0; w < kWarps; ++w) {
+    offset += lower_of[w];
+    total += own_of[w];
+    at += w < warp ? own_of[w] : 0;
   }
-  const int next = static_cast<int>(first) + kExperts;
-  if (threadIdx.x == 0 && next == num_experts) expert_offsets[num_experts] = offset;
-  if (!any) return;
+  at += offset;
+  if (threadIdx.x == 0) {
+    expert_offsets[expert] = offset;
+    if (expert + 1 == static_cast<uint32_t>(num_experts))
+      expert_offsets[expert + 1] = offset + total;
+  }
+  if (own == 0) return;
 
-  for_pairs([&](int i, uint32_t id) {
+  for (int base = begin; base < end; base += chunk) {
+    uint32_t id[kUnroll];
 #pragma unroll
-    for (int e = 0; e < kExperts; ++e) {
-      const bool mine = id == first + e && static_cast<int>(id) < num_experts;
-      const uint32_t holders = __ballot_sync(kAllLanes, mine);
-      if (mine) {
-        const int row = at[e] + __popc(holders & ((1u << lane) - 1u));
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + 32 * u + lane;
+      id[u] = i < end ? experts[i] : kNone;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t holders = __ballot_sync(kAllLanes, id[u] == expert);
+      if (id[u] == expert) {
+        const int i = base + 32 * u + lane;
+        const int row = at + __popc(holders & ((1u << lane) - 1u));
         row_index[row] = i / top_k;
         if (packed_rows != nullptr) packed_rows[i] = row;
       }
-      at[e] += __popc(holders);
+      at += __popc(holders);
     }
-  });
+  }
 }
 
 absl::Status Validate(const ExpertGroupsParams& p) {
@@ -108,10 +102,10 @@ absl::Status Validate(const ExpertGroupsParams& p) {
   return absl::OkStatus();
 }
 
-template <int kWarps, int kUnroll, int kExperts>
+template <int kWarps, int kUnroll>
 absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((p.num_experts + kExperts - 1) / kExperts));
+  config.gridDim = dim3(static_cast<unsigned>(p.num_experts));
   config.blockDim = dim3(32 * kWarps);
   config.stream = stream;
   cudaLaunchAttribute attribute;
@@ -119,7 +113,7 @@ absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, ExpertGroups<kWarps, kUnroll, kExperts>,
+  return ToStatus(cudaLaunchKernelEx(&config, ExpertGroups<kWarps, kUnroll>,
                                      reinterpret_cast<const uint32_t*>(p.experts),
                                      static_cast<int>(p.m * p.top_k), static_cast<int>(p.top_k),
                                      static_cast<int>(p.num_experts), p.expert_offsets, p.row_index,
@@ -132,9 +126,8 @@ absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
 absl::Status LaunchExpertGroups(const ExpertGroupsParams& params, cudaStream_t stream) {
   RETURN_IF_ERROR(Validate(params));
   static_assert(sizeof(ExpertId) == sizeof(uint32_t), "ids are read as integers");
-  if (params.m * params.top_k <= 2048) return Launch<8, 4, 1>(params, stream);
-  // Several experts a CTA: all CTAs read all pairs.
-  return Launch<16, 16, 4>(params, stream);
+  if (params.m * params.top_k <= 2048) return Launch<8, 4>(params, stream);
+  return Launch<16, 16>(params, stream);
 }
 
 }  // namespace moebius::kernels::cuda

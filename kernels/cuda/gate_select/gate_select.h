@@ -27,7 +27,8 @@ inline constexpr int32_t kGateMaxExpertsPerToken = 16;
 // Enqueues on `stream`; pointers of `params` are device pointers, borrowed until the stream has
 // passed the launch (logits and bias 4-aligned; 16-aligned logits with n_routed_experts a multiple
 // of 128 load faster). m = 0 does nothing. The kernel may start while the one before it in the
-// stream ends; it waits for it before it touches memory. Errors: INVALID_ARGUMENT naming the field;
+// stream ends; it waits for it before it touches memory, the bias excepted: that is not for the
+// kernel just before to write. Errors: INVALID_ARGUMENT naming the field;
 // INTERNAL if the launch fails. Any thread.
 absl::Status LaunchGateSelect(const GateSelectParams& params, cudaStream_t stream);
 
