@@ -347,8 +347,6 @@ absl::Status Launch(const Bf16LinearParams& p, int segments, cudaStream_t stream
 // in docs/kernels-cuda.md.
 template <int kTokens>  // a long stream of weights, few rows
 using StreamTile = Tile<kTokens, 2, 2, 1, false, false>;
-template <int kTokens>  // the same, more rows: more stages matter
-using DeepTile = Tile<kTokens, 2, 1, 1, false, false>;
 template <int kTokens>  // few rows of a narrow matrix: more multiprocessors take part
 using SmallTile = Tile<kTokens, 1, 1, 2, false, false>;
 template <int kTokens>  // by head, K-major
@@ -420,7 +418,6 @@ absl::Status LaunchBf16Linear(const Bf16LinearParams& p, cudaStream_t stream) {
   if (p.heads > 1 && p.n <= 128) return LaunchFor<HeadTile, 128>(p, segments, stream);
   const int64_t stream_tiles = (p.n + 255) / 256 * ((p.m + 127) / 128) * p.heads;
   if (stream_tiles * segments < 64) return LaunchFor<SmallTile, 32>(p, segments, stream);
-  if (segments == 1 && p.m > 32 && p.m <= 128) return LaunchFor<DeepTile, 128>(p, segments, stream);
   return LaunchFor<StreamTile, 128>(p, segments, stream);
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <limits>
+#include <memory>
 #include <string>
 
 #include "tests/kernels/cuda/gpu_test.h"
@@ -135,6 +135,13 @@ class Product {
   DeviceBuffer<Bf16> device_weights_;
 };
 
+// A cluster of eight is not placed while the competing kernel holds half of the multiprocessors: it
+// waits for its end, ten seconds, and then competes with nothing.
+std::unique_ptr<CompetingKernel> CompetitorOf(const Form& form) {
+  const bool waits = form.heads == 1 && Bf16LinearSegments(form.n, form.k) > 4;
+  return waits ? nullptr : std::make_unique<CompetingKernel>();
+}
+
 class Bf16LinearTest : public GpuTest {};
 
 TEST_F(Bf16LinearTest, AgreesWithTheReferenceAtOddShapes) {
@@ -214,7 +221,7 @@ TEST_F(Bf16LinearTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
       const DeviceBuffer<Bf16> of_rows(static_cast<size_t>(4096 * x_stride));
       const DeviceBuffer<float> of_out(static_cast<size_t>(4096 * out_stride));
     }
-    const CompetingKernel competing;
+    const auto competing = CompetitorOf(form);
     int64_t compared = 0;
     for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
       std::vector<Bf16> rows(static_cast<size_t>(m * x_stride));
@@ -313,7 +320,7 @@ TEST_F(Bf16LinearTest, LaunchesBesideACompetingKernelAgree) {
       const DeviceBuffer<Bf16> x(product.RandomRows(m, 9));
       DeviceBuffer<uint8_t> out(static_cast<size_t>(m * form.OutStride() * (form.f32 ? 4 : 2)));
       const Bf16LinearParams params = product.Params(m, x.get(), out.get());
-      const CompetingKernel competing;
+      const auto competing = CompetitorOf(form);
       uint64_t first = 0;
       for (int launch = 0; launch < 10'000; ++launch) {
         ASSERT_STATUS_OK(LaunchBf16Linear(params, nullptr));
