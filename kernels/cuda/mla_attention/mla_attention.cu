@@ -17,7 +17,7 @@
 namespace moebius::kernels::cuda {
 namespace {
 
-// Keeps boxes of both buffers, and the queries, coming.
+// One warp: keeps boxes of both buffers, and the queries, coming.
 __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
                                      const CUtensorMap& cache, const Shape& shape) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -62,7 +62,7 @@ struct Shape {
 __device__ __forceinline__ int Group() { return static_cast<int>(blockIdx.y); }
 __device__ __forceinline__ int Tile() { return static_cast<int>(blockIdx.x); }
 
-// A warpgroup's accumulators of one half of the output, and how they end.
+// A warpgroup's accumulators: one half of the columns for 64 heads.
 using Output = float[128];
 
 // Descriptors differ in their low words only. A low word that the compiler knows to be the same in
