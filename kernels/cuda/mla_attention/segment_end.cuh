@@ -15,7 +15,10 @@ __device__ __forceinline__ void AddSums(Shared& s, int parity, int half, int row
     state.sum[r] = __fadd_rn(state.sum[r], __shfl_xor_sync(~0u, state.sum[r], 2));
     if (threadIdx.x % 4 == 0) s.sums[parity][half][row + 8 * r] = state.sum[r];
   }
-  NamedBarrier(kSums, 256);
+  // Each half arrives where the other waits. A warp comes back to a parity's barriers only after
+  // the other half has passed them: it has arrived at the other parity's since.
+  NamedBarrierArrive(kSums + 2 * parity + half, 256);
+  NamedBarrier(kSums + 2 * parity + 1 - half, 256);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     state.sum[r] = __fadd_rn(s.sums[parity][0][row + 8 * r], s.sums[parity][1][row + 8 * r]);

@@ -26,7 +26,7 @@ constexpr int kComputeRegisters = 232, kLoadRegisters = 40;
 constexpr int kEvenReady = 1;  // probabilities and anchors of an even block are in shared memory
 constexpr int kOddReady = 2;   // the same of an odd one
 constexpr int kEvenFree = 3;   // the probabilities of an even block have been used
-constexpr int kSums = 4;       // sums of a segment are in shared memory
+constexpr int kSums = 8;       // to 11: sums of a segment are in shared memory, by parity and half
 constexpr int kClear = 5;      // and 6: a warpgroup's own
 constexpr int kScored = 7;     // the scores of an even block are all but done
 
