@@ -29,7 +29,8 @@ if(MOEBIUS_CUDA)
   # Identifies the kernels that a test or benchmark ran: SHA-256 over the names and contents of kernels/cuda.
   file(GLOB_RECURSE cuda_files RELATIVE "${CMAKE_SOURCE_DIR}" CONFIGURE_DEPENDS
        "${CMAKE_SOURCE_DIR}/kernels/cuda/*.cu" "${CMAKE_SOURCE_DIR}/kernels/cuda/*.cuh"
-       "${CMAKE_SOURCE_DIR}/kernels/cuda/*.h" "${CMAKE_SOURCE_DIR}/kernels/cuda/*.py")
+       "${CMAKE_SOURCE_DIR}/kernels/cuda/*.h" "${CMAKE_SOURCE_DIR}/kernels/cuda/*.cc"
+       "${CMAKE_SOURCE_DIR}/kernels/cuda/*.py")
   list(SORT cuda_files)
   set(cuda_digests "")
   foreach(cuda_file IN LISTS cuda_files)

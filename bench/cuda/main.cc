@@ -13,7 +13,19 @@
 int main(int argc, char** argv) {
   using namespace moebius::bench;
   const std::vector<std::pair<std::string, void (*)(Report&)>> benches = {
+      {"mla_attention", BenchMlaAttention},
+      {"expert_ffn", BenchExpertFfn},
       {"fp8_linear", BenchFp8Linear},
+      {"bf16_linear", BenchBf16Linear},
+      {"choose", BenchChoose},
+      {"rms_norm", BenchRmsNorm},
+      {"quantize_rows", BenchQuantizeRows},
+      {"rope_and_cache", BenchRopeAndCache},
+      {"combine", BenchCombine},
+      {"swiglu", BenchSwiGlu},
+      {"residual", BenchResidual},
+      {"embedding", BenchEmbedding},
+      {"row_digest", BenchRowDigest},
   };
   std::string json, passed, failed, command = "cuda_bench";
   std::vector<std::string> wanted;

@@ -53,6 +53,10 @@ inline constexpr uint64_t kEvictLast = 0x14F0000000000000;
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// Before this CTA's first use of a tensor map in device memory, which the host wrote.
+__device__ __forceinline__ void TensorMapFence(const CUtensorMap* map) {
+  asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+}
 // Copies the box at (x = column, y = row) of a tensor map to shared memory; completes on `barrier`.
 __device__ __forceinline__ void TmaLoad2d(void* to, const CUtensorMap* map, uint64_t* barrier,
                                           int32_t x, int32_t y, uint64_t policy) {

@@ -43,6 +43,16 @@ __device__ __forceinline__ uint64_t KMajorDescriptor(uint32_t address) {
          (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
 
+// Descriptor of an MN-major 16-bit operand (...TransposedA, ...TransposedB): row k of a tile holds
+// 64 consecutive values of M or N in 128 bytes, swizzled as above; the next 64 lie `group_bytes`
+// farther (rows of the tile * 128; unused by an operand of 64). `address` is that of a row k that
+// is a multiple of 8 in a 1024-aligned tile; a K step of 16 adds 2048.
+__device__ __forceinline__ uint64_t MnMajorDescriptor(uint32_t address, uint32_t group_bytes) {
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
+         (static_cast<uint64_t>((group_bytes & 0x3ffff) >> 4) << 16) | (uint64_t{1024 >> 4} << 32) |
+         (uint64_t{1} << 62);
+}
+
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -24,18 +24,20 @@ def instruction(type_name, ptx_type, k, n, transposable):
     at = registers
     op = f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{ptx_type}.{ptx_type}"
     lines = [f"template <> struct WgmmaInstruction<{type_name}, {n}> {{"]
-    # B may be transposed (MN-major) for 16-bit types only; A is always K-major here.
-    for b_mn in (0, 1) if transposable else (None,):
-        suffix = "TransposedB" if b_mn else ""
-        shared_tail = "" if b_mn is None else f", 0, {b_mn}"
-        register_tail = "" if b_mn is None else f", {b_mn}"
+    # 16-bit types may be MN-major in shared memory: B beside a K-major A, or A beside a K-major B.
+    forms = (("", 0, 0), ("TransposedB", 0, 1), ("TransposedA", 1, 0)) if transposable else (("", None, None),)
+    for suffix, a_mn, b_mn in forms:
+        shared_tail = "" if b_mn is None else f", {a_mn}, {b_mn}"
         lines.append(f"""  static __device__ __forceinline__ void Shared{suffix}(
       float (&d)[{registers}], uint64_t a, uint64_t b, int accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{at + 2}, 0;\\n"
                  "{op} {{{d}}}, %{at}, %{at + 1}, p, 1, 1{shared_tail};\\n}}\\n"
                  : {outputs} : "l"(a), "l"(b), "r"(accumulate));
-  }}
-  static __device__ __forceinline__ void Registers{suffix}(
+  }}""")
+        if a_mn == 1:
+            continue  # A from registers has no layout of its own
+        register_tail = "" if b_mn is None else f", {b_mn}"
+        lines.append(f"""  static __device__ __forceinline__ void Registers{suffix}(
       float (&d)[{registers}], const uint32_t (&a)[4], uint64_t b, int accumulate) {{
     asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{at + 5}, 0;\\n"
                  "{op} {{{d}}}, {{%{at}, %{at + 1}, %{at + 2}, %{at + 3}}}, %{at + 4}, p, 1, 1{register_tail};\\n}}\\n"

@@ -4,11 +4,11 @@
 // W as it lies in the checkpoint, x quantised 1x128).
 //
 // An output element is a function of its own row, in an order that depends on (n, k) alone. K is
-// cut at fixed places into Fp8LinearSegments(n, k) segments of equal numbers of 128-blocks (the
-// last may be shorter). In a segment, from zero and ascending: part = 4 wgmma of k32, acc =
+// cut at fixed places into at most Fp8LinearSegments(n, k) segments of equal numbers of 128-blocks
+// (the last may be shorter). In a segment, from zero and ascending: part = 4 wgmma of k32, acc =
 // fma(scale_x * scale_w, part, acc) in float32. The segments are added in ascending order and
-// rounded once. Weights are operand A and token rows operand B for every m; only the number of rows
-// that share a tile follows m, which does not reach the bits (docs/adr/0011).
+// rounded once. How many rows share a tile, which side is operand A and who walks the segments
+// follow m; none of it reaches the bits (docs/adr/0011, 0014).
 
 #include <cuda_runtime.h>
 
@@ -30,9 +30,13 @@ struct Fp8LinearParams {
   const float* weight_scales = nullptr;  // [ceil(n / 128), ceil(k / 128)]
   Bf16* out = nullptr;                   // [m, n], row stride out_stride elements
   int64_t out_stride = 0;
+  // No kernel in front of this one on the stream writes `weight` or `weight_scales`, as none does
+  // where weights stay on the device: they are fetched while that kernel still runs. All else
+  // waits for it.
+  bool weights_resident = false;
 };
 
-// 1, 2 or 4: how many segments K has, so that narrow matrices too give every multiprocessor a part.
+// 1 .. 8: how many segments K has, so that narrow matrices too give every multiprocessor a part.
 int Fp8LinearSegments(int64_t n, int64_t k);
 
 // Enqueues on `stream`. Errors: INVALID_ARGUMENT for a shape or pointer that it cannot take, naming

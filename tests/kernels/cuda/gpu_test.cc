@@ -1,6 +1,7 @@
 #include "tests/kernels/cuda/gpu_test.h"
 
 #include <cmath>
+#include <cstdlib>
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -10,6 +11,8 @@ constexpr uint8_t kGuardByte = 0x5a;
 constexpr uint8_t kPoisonByte = 0xcd;
 
 bool HopperPresent() {
+  // Kernels are loaded at start, not at their first launch, which would wait for a CompetingKernel.
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     cudaGetLastError();
@@ -18,6 +21,20 @@ bool HopperPresent() {
   int major = 0;
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
          major == 9;
+}
+
+// From the device's pool, which keeps what is freed: cudaFree waits for every running kernel, the
+// CompetingKernel too, which then competes with nothing.
+cudaError_t Allocate(uint8_t** memory, size_t bytes) {
+  static const cudaError_t kept = [] {
+    cudaMemPool_t pool;
+    uint64_t everything = UINT64_MAX;
+    const cudaError_t error = cudaDeviceGetDefaultMemPool(&pool, 0);
+    if (error != cudaSuccess) return error;
+    return cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &everything);
+  }();
+  if (kept != cudaSuccess) return kept;
+  return cudaMallocAsync(reinterpret_cast<void**>(memory), bytes, nullptr);
 }
 
 }  // namespace
@@ -39,8 +56,7 @@ void ExpectCudaOk(cudaError_t error, const char* what) {
 }
 
 GuardedBytes::GuardedBytes(size_t bytes) : size_(bytes), padded_((bytes + 255) / 256 * 256) {
-  ExpectCudaOk(cudaMalloc(reinterpret_cast<void**>(&allocation_), padded_ + 2 * kGuard),
-               "cudaMalloc");
+  ExpectCudaOk(Allocate(&allocation_, padded_ + 2 * kGuard), "allocation");
   ExpectCudaOk(cudaMemset(allocation_, kGuardByte, padded_ + 2 * kGuard), "guards");
   data_ = allocation_ + kGuard;
   Poison();
@@ -59,7 +75,7 @@ GuardedBytes::~GuardedBytes() {
   EXPECT_EQ(broken, 0u) << "writes outside of a buffer of " << size_
                         << " bytes, the first at offset "
                         << static_cast<int64_t>(first) - static_cast<int64_t>(kGuard);
-  cudaFree(allocation_);
+  ExpectCudaOk(cudaFreeAsync(allocation_, nullptr), "free");
 }
 
 float NormalDraw(Prng& random) {

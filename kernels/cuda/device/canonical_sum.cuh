@@ -1,0 +1,87 @@
+#pragma once
+
+// The canonical sum of a token's expert rows (kernels/moe.h, CombineParams) for one vector of the
+// row: per gate group P_g = bf16(fma chain over its experts, ascending), then bf16(float32 sum of
+// P_g, ascending). Element by element the operations of kernels/reference in their order.
+
+#include <cstdint>
+
+#include "kernels/cuda/device/row_vector.cuh"
+
+namespace moebius::kernels::cuda {
+
+inline constexpr int kCanonicalSumMaxTopK = 64;
+
+// What all tokens of a call share; device pointers.
+struct ExpertRows {
+  int top_k;
+  uint32_t experts_per_group;
+  const uint32_t* experts;  // [m, top_k], ascending within a token
+  const float* weights;     // [m, top_k]
+  const uint16_t* buffer;   // with row_index [m, top_k], or ..
+  const int32_t* row_index;
+  const uint16_t* const* rows;  // .. [m, top_k] pointers
+};
+
+inline constexpr int kCanonicalRowsInFlight = 8;
+
+// Vector `at` of a token's sum, eight rows in flight at once. kWhole: top_k is a multiple of eight.
+// All lanes of the warp take part; those past the row's end get numbers of no meaning.
+template <bool kAligned, bool kWhole>
+__device__ __forceinline__ RowVector CanonicalSum(const ExpertRows& in, int64_t token, int at,
+                                                  int dim) {
+  constexpr int kInFlight = kCanonicalRowsInFlight;
+  const int64_t slots = token * in.top_k;
+  // Vectors past the end read the last one, slots past the last read that one: loads without
+  // conditions are all issued before the first is waited for.
+  const int from = kAligned ? min(at, dim - kVectorElements) : at;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+
+  float chain[kVectorElements], total[kVectorElements];
+#pragma unroll
+  for (int i = 0; i < kVectorElements; ++i) chain[i] = total[i] = 0.0f;
+  const auto end_group = [&] {
+    const RowVector rounded = RoundVector(chain);
+#pragma unroll
+    for (int i = 0; i < kVectorElements; ++i) total[i] = __fadd_rn(total[i], rounded.At(i));
+  };
+  for (int first = 0; first < in.top_k; first += kInFlight) {
+    const uint16_t* row[kInFlight];
+    float weight[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int64_t slot = slots + (kWhole ? first + j : min(first + j, in.top_k - 1));
+      row[j] = in.rows != nullptr ? in.rows[slot]
+                                  : in.buffer + static_cast<int64_t>(in.row_index[slot]) * dim;
+      weight[j] = in.weights[slot];
+    }
+    // Lane j looks at slot first + j and the one before it.
+    const int mine = min(first + lane, in.top_k - 1);
+    const uint32_t expert = in.experts[slots + mine];
+    const uint32_t before = in.experts[slots + max(mine - 1, 0)];
+    RowVector x[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) x[j] = LoadVector<kAligned>(row[j], from, dim);
+    // Bit j: slot first + j is the first of its group.
+    const bool begins =
+        (expert / in.experts_per_group != before / in.experts_per_group) | (mine == 0);
+    const uint32_t starts = __ballot_sync(0xffffffffu, begins);
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (!kWhole && first + j >= in.top_k) continue;
+      if (starts >> j & 1) {
+        if (first + j > 0) end_group();
+#pragma unroll
+        for (int i = 0; i < kVectorElements; ++i) chain[i] = __fmul_rn(weight[j], x[j].At(i));
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVectorElements; ++i)
+          chain[i] = __fmaf_rn(weight[j], x[j].At(i), chain[i]);
+      }
+    }
+  }
+  end_group();
+  return RoundVector(total);
+}
+
+}  // namespace moebius::kernels::cuda

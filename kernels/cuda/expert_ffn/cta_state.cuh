@@ -1,0 +1,102 @@
+#pragma once
+
+// What the roles of a CTA of the grouped FFN share: the launch's arguments, shared memory, and how
+// they walk through tiles and stages. The weight loader announces tiles; every role then does the
+// same sequence of K blocks, a stage each.
+
+#include <cstdint>
+
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/expert_ffn/expert_table.h"
+#include "kernels/cuda/expert_ffn/tile_list.cuh"
+#include "kernels/cuda/expert_ffn/tile_output.cuh"
+#include "kernels/cuda/expert_ffn/tile_shape.h"
+
+namespace moebius::kernels::cuda {
+
+struct FfnArgs {
+  const ExpertEntry* experts;
+  int num_experts;
+  const int32_t* row_offsets;
+  int rows_max;
+  int hidden, intermediate;
+  const uint8_t* x_codes;
+  const float* x_scales;
+  const int32_t* row_index;
+  uint8_t* inner_codes;
+  float* inner_scales;
+  int32_t* counters;
+  uint16_t* out;
+  bool power_of_two_scales;
+  bool with_down;
+};
+
+inline constexpr int kWeightBytes = 2 * kTileColumns * kTileK;
+inline constexpr int kRowBytes = kTileRows * kTileK;
+inline constexpr int kStageBytes = kWeightBytes + kRowBytes;
+inline constexpr int kStageScales =
+    2 * kTileRows;  // scale of row * scale of weights, for either matrix
+inline constexpr int kStages = (202 * 1024) / kStageBytes;
+inline constexpr int kScalesAhead =
+    8;  // blocks whose scales are on their way before they are multiplied
+inline constexpr int kTileEntries = 4;  // tiles announced and not yet taken up by everybody
+inline constexpr int kThreads = kConsumers + 128;
+inline constexpr int kRowWarps = 2;
+// Of a thread; the CTA starts with 168 each and can only share out those.
+inline constexpr int kConsumerRegisters = 232, kLoaderRegisters = 40;
+static_assert(kConsumers * kConsumerRegisters + 128 * kLoaderRegisters <= kThreads * 168,
+              "more would wait for ever");
+
+// Who waits for an announced tile: the warps of the consumers, of rows and of scales.
+inline constexpr int kTileReaders = kConsumers / 32 + kRowWarps + 1;
+
+struct FfnShared {
+  alignas(1024) uint8_t stages[kStages][kStageBytes];  // weights, then rows; 128-byte swizzled
+  alignas(16) uint8_t turn[kTurnBytes];
+  alignas(16) float scales[kStages][kStageScales];
+  float raw_scales[kScalesAhead][kTileRows + 2];  // of rows; of the two weight blocks
+  uint64_t full[kStages], empty[kStages];
+  uint64_t announced[kTileEntries], taken[kTileEntries];
+  ExpertTile tiles[kTileEntries];
+  TileList list;
+  int32_t last;
+};
+static_assert(sizeof(FfnShared) <= 227 * 1024, "a CTA has 227 KB of shared memory");
+
+__device__ __forceinline__ int Blocks(int size) { return (size + kTileK - 1) / kTileK; }
+
+// Of unsigned factors: one instruction.
+__device__ __forceinline__ uint64_t ElementOffset(int row, int width, int column) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(width) +
+         static_cast<uint32_t>(column);
+}
+
+// Position in the ring of stages. Every role walks the same sequence of K blocks.
+struct StageCursor {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+class TileReader {
+ public:
+  __device__ __forceinline__ ExpertTile Next(FfnShared& shared) {
+    const int entry = static_cast<int>(count_ % kTileEntries);
+    BarrierWait(&shared.announced[entry], (count_ / kTileEntries) % 2);
+    const ExpertTile tile = shared.tiles[entry];
+    __syncwarp();
+    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.taken[entry]);
+    ++count_;
+    return tile;
+  }
+
+ private:
+  uint32_t count_ = 0;
+};
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,206 @@
+#pragma once
+
+// The loading roles of a CTA: weights by the copy engine, rows and scales by asynchronous copies.
+
+#include <cstdint>
+
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/expert_ffn/cta_state.cuh"
+
+namespace moebius::kernels::cuda {
+
+// Copies 16 bytes asynchronously, the first `bytes` from memory, zeros after them.
+__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void CopyFloatAsync(float* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
+               : "memory");
+}
+// One arrival of this thread at `barrier` once its copies so far have landed.
+__device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
+               : "memory");
+}
+
+// One thread: draws tickets, announces tiles and keeps weights in flight, across tiles.
+__device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shared, int ticket) {
+  StageCursor cursor;
+  const int gate_up_columns = Blocks(args.intermediate);
+  const int down_columns = args.with_down ? (args.hidden + 255) / 256 : 0;
+  for (uint32_t count = 0;; ++count) {
+    const ExpertTile tile =
+        shared.list.Find(ticket, args.num_experts, gate_up_columns, down_columns);
+    const int entry = static_cast<int>(count % kTileEntries);
+    BarrierWait(&shared.taken[entry], (count / kTileEntries) % 2 ^ 1);
+    shared.tiles[entry] = tile;
+    BarrierArrive(&shared.announced[entry]);
+    if (tile.kind == TileKind::kStop) return;
+    const bool down = tile.kind == TileKind::kDown;
+    const ExpertEntry& expert = args.experts[tile.expert];
+    const CUtensorMap* const first = down ? &expert.down : &expert.gate;
+    const CUtensorMap* const second = down ? &expert.down : &expert.up;
+    const int second_column = tile.column + (down ? kTileColumns : 0);
+    TensorMapFence(first);
+    if (!down) TensorMapFence(second);
+    const int expert_rows =
+        shared.list.row_offsets[tile.expert + 1] - shared.list.row_offsets[tile.expert];
+    const uint64_t policy = expert_rows <= kTileRows ? kEvictFirst : kEvictNormal;
+    const int blocks = Blocks(down ? args.intermediate : args.hidden);
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      // The answer is needed when this tile is issued; a later question shares tiles more evenly.
+      if (block == max(blocks - 3, 0)) ticket = atomicAdd(args.counters + kCounterTicket, 1);
+      const int s = cursor.stage;
+      BarrierWait(&shared.empty[s], cursor.parity ^ 1);
+      uint8_t* const stage = shared.stages[s];
+      BarrierArriveExpect(&shared.full[s], kWeightBytes);
+      TmaLoad2d(stage, first, &shared.full[s], block * kTileK, tile.column, policy);
+      TmaLoad2d(stage + kWeightBytes / 2, second, &shared.full[s], block * kTileK, second_column,
+                policy);
+      cursor.Advance();
+    }
+  }
+}
+
+// Until all columns of the tile's requantised rows are in device memory.
+__device__ __forceinline__ void WaitForRows(const FfnArgs& args, const ExpertTile& tile) {
+  const int32_t* const counter = args.counters + kCounterTiles + tile.row_tile;
+  const int columns = Blocks(args.intermediate);
+  for (;;) {
+    int finished;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(finished) : "l"(counter) : "memory");
+    if (finished >= columns) return;
+    __nanosleep(100);
+  }
+}
+
+// The row that packed row `row` of a tile reads.
+__device__ __forceinline__ int SourceRow(const FfnArgs& args, bool down, int row) {
+  return down || args.row_index == nullptr ? row : args.row_index[row];
+}
+
+// Warp `part` of kRowWarps: gathers the codes of the tile's rows. Rows of a stage beyond the tile's
+// keep what was there: their columns of the product are not stored, and no other sees them.
+__device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared, int part) {
+  constexpr int kAtOnce = kRowWarps * 32 / 8;  // rows; 8 threads copy one
+  StageCursor cursor;
+  TileReader reader;
+  for (;;) {
+    const ExpertTile tile = reader.Next(shared);
+    if (tile.kind == TileKind::kStop) return;
+    const int thread = part * 32 + ThreadRead() % 32;
+    const int chunk = thread % 8, row_of_thread = thread / 8;
+    const uint32_t place = kWeightBytes + row_of_thread * kTileK + (chunk ^ row_of_thread % 8) * 16;
+    const bool down = tile.kind == TileKind::kDown;
+    if (down) WaitForRows(args, tile);
+    const int width = down ? args.intermediate : args.hidden;
+    const uint8_t* codes = (down ? args.inner_codes : args.x_codes) + chunk * 16;
+    const int copies = (tile.rows - row_of_thread + kAtOnce - 1) / kAtOnce;
+    uint32_t offset[kTileRows / kAtOnce];  // in 16 bytes
+#pragma unroll
+    for (int i = 0; i < kTileRows / kAtOnce; ++i) {
+      const int row = tile.row + min(row_of_thread + i * kAtOnce, tile.rows - 1);
+      offset[i] =
+          static_cast<uint32_t>(SourceRow(args, down, row)) * static_cast<uint32_t>(width / 16);
+    }
+#pragma unroll 1
+    for (int left = width - chunk * 16; left > -chunk * 16; left -= kTileK) {
+      const int s = cursor.stage;
+      BarrierWait(&shared.empty[s], cursor.parity ^ 1);
+      const uint32_t to = SharedAddress(shared.stages[s]) + place;
+      const int bytes = left > 0 ? 16 : 0;  // 0: zeros, and the address is not used
+#pragma unroll
+      for (int i = 0; i < kTileRows / kAtOnce; ++i) {
+        if (i >= copies) break;
+        CopyAsync(to + i * kAtOnce * kTileK, codes + static_cast<uint64_t>(offset[i]) * 16, bytes);
+      }
+      ArriveAfterCopies(&shared.full[s]);
+      codes += kTileK;
+      cursor.Advance();
+    }
+  }
+}
+
+// Where the scale of a row lies among a stage's: a thread that holds columns 8 j + 2 q and the next
+// of the product (device/wgmma.cuh) finds those of j and j + 1 side by side.
+__device__ __forceinline__ int ScalePlace(int row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
+// One warp: the products of the scales of the tile's rows and of its two weight matrices.
+__device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& shared) {
+  constexpr int kRows = kTileRows / 32;  // of a lane
+  const int lane = ThreadRead() % 32;
+  StageCursor cursor;
+  TileReader reader;
+  for (;;) {
+    const ExpertTile tile = reader.Next(shared);
+    if (tile.kind == TileKind::kStop) return;
+    const bool down = tile.kind == TileKind::kDown;
+    if (down) WaitForRows(args, tile);
+    const int blocks = Blocks(down ? args.intermediate : args.hidden);
+    const float* const scales = down ? args.inner_scales : args.x_scales;
+    uint32_t offset[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = tile.row + min(lane + 32 * i, tile.rows - 1);
+      offset[i] = static_cast<uint32_t>(SourceRow(args, down, row)) * static_cast<uint32_t>(blocks);
+    }
+    // Lane 0 reads the first matrix', lane 1 the second's. The second of down may lie beyond
+    // its end, where any scale does.
+    const ExpertEntry& expert = args.experts[tile.expert];
+    const int last_column = Blocks(down ? args.hidden : args.intermediate) - 1;
+    const int column = min(tile.column / kTileColumns + (down ? lane % 2 : 0), last_column);
+    const float* const weights = (down            ? expert.down_scales
+                                  : lane % 2 == 0 ? expert.gate_scales
+                                                  : expert.up_scales) +
+                                 static_cast<int64_t>(column) * blocks;
+    const int used = (tile.rows + 31) / 32;
+    // Under load an answer from L2 takes as long as two blocks last.
+    const auto fetch = [&](int block) {
+      if (block < blocks) {
+        float* const to = shared.raw_scales[block % kScalesAhead];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (i < used)
+            CopyFloatAsync(to + lane + 32 * i, scales + (offset[i] + static_cast<uint32_t>(block)));
+        }
+        if (lane < 2) CopyFloatAsync(to + kTileRows + lane, weights + block);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+#pragma unroll 1
+    for (int block = 0; block < kScalesAhead; ++block) fetch(block);
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kScalesAhead - 1) : "memory");
+      __syncwarp();
+      const float* const raw = shared.raw_scales[block % kScalesAhead];
+      const float first = raw[kTileRows], second = raw[kTileRows + 1];
+      float product[kRows][2];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float of_row = raw[lane + 32 * i];
+        product[i][0] = __fmul_rn(of_row, first);
+        product[i][1] = __fmul_rn(of_row, second);
+      }
+      __syncwarp();  // everybody has read what is overwritten now
+      fetch(block + kScalesAhead);
+      const int s = cursor.stage;
+      BarrierWait(&shared.empty[s], cursor.parity ^ 1);
+      float* const to = shared.scales[s] + ScalePlace(lane);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= used) continue;
+        to[32 * i] = product[i][0];
+        to[32 * i + kTileRows] = product[i][1];
+      }
+      BarrierArrive(&shared.full[s]);
+      cursor.Advance();
+    }
+  }
+}
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,18 @@
+#pragma once
+
+// The tile of the grouped expert FFN: kTileColumns columns of two weight matrices (gate and up, or
+// two neighbouring parts of down) times up to kTileRows rows of one expert, kTileK of K a stage.
+
+namespace moebius::kernels::cuda {
+
+inline constexpr int kTileColumns = 128;  // one quantisation block of the SwiGLU output
+inline constexpr int kTileRows = 128;
+inline constexpr int kTileK = 128;  // one scale on either side
+inline constexpr int kMostExperts = 512;
+
+// Places in ExpertWorkspace::counters(), 128 bytes apart because many CTAs count at once.
+inline constexpr int kCounterTicket = 0;  // tiles handed out
+inline constexpr int kCounterDone = 32;   // CTAs that need nothing any more
+inline constexpr int kCounterTiles = 64;  // from here: finished column tiles of each tile of rows
+
+}  // namespace moebius::kernels::cuda

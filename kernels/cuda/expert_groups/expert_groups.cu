@@ -1,0 +1,133 @@
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kernels/cuda/device/status.h"
+#include "kernels/cuda/expert_groups/expert_groups.h"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+// No expert: beyond every id that is counted, and equal to none.
+constexpr uint32_t kNone = 0xffffffffu;
+
+// One CTA an expert, each warp a stretch of the pairs. A first pass counts pairs of lower experts
+// (their number is this expert's offset) and of this one; a second pass places the latter.
+// kUnroll: how many pairs a lane loads at once.
+template <int kWarps, int kUnroll>
+__global__ void __launch_bounds__(32 * kWarps)
+    ExpertGroups(const uint32_t* experts, int pairs, int top_k, int num_experts,
+                 int32_t* expert_offsets, int32_t* row_index, int32_t* packed_rows) {
+  __shared__ int lower_of[kWarps], own_of[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t expert = blockIdx.x;
+  const int chunk = 32 * kUnroll;
+  const int stretch = ((pairs + kWarps - 1) / kWarps + chunk - 1) / chunk * chunk;
+  const int begin = min(pairs, warp * stretch), end = min(pairs, begin + stretch);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  // The next kernel's CTAs would be in the way of this one's if there are many.
+  if (kWarps <= 8) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+
+  int lower = 0, own = 0;
+  for (int base = begin; base < end; base += chunk) {
+    uint32_t id[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + 32 * u + lane;
+      id[u] = i < end ? experts[i] : kNone;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      lower += id[u] < expert;
+      own += id[u] == expert;
+    }
+  }
+  lower = __reduce_add_sync(kAllLanes, lower);
+  own = __reduce_add_sync(kAllLanes, own);
+  if (lane == 0) {
+    lower_of[warp] = lower;
+    own_of[warp] = own;
+  }
+  __syncthreads();
+  int offset = 0, total = 0, at = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    offset += lower_of[w];
+    total += own_of[w];
+    at += w < warp ? own_of[w] : 0;
+  }
+  at += offset;
+  if (threadIdx.x == 0) {
+    expert_offsets[expert] = offset;
+    if (expert + 1 == static_cast<uint32_t>(num_experts))
+      expert_offsets[expert + 1] = offset + total;
+  }
+  if (own == 0) return;
+
+  for (int base = begin; base < end; base += chunk) {
+    uint32_t id[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + 32 * u + lane;
+      id[u] = i < end ? experts[i] : kNone;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint32_t holders = __ballot_sync(kAllLanes, id[u] == expert);
+      if (id[u] == expert) {
+        const int i = base + 32 * u + lane;
+        const int row = at + __popc(holders & ((1u << lane) - 1u));
+        row_index[row] = i / top_k;
+        if (packed_rows != nullptr) packed_rows[i] = row;
+      }
+      at += __popc(holders);
+    }
+  }
+}
+
+absl::Status Validate(const ExpertGroupsParams& p) {
+  const auto refuse = [](const char* field, int64_t value, const char* rule) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("ExpertGroups: ", field, " is ", value, ", must be ", rule));
+  };
+  if (p.top_k < 1 || p.top_k > 64) return refuse("top_k", p.top_k, "1 .. 64");
+  if (p.m < 0 || p.m > (INT32_MAX / 2) / p.top_k) return refuse("m", p.m, "0 .. 2^30 / top_k");
+  if (p.num_experts < 1 || p.num_experts > kExpertGroupsMaxExperts)
+    return refuse("num_experts", p.num_experts, "1 .. 4096");
+  const auto missing = [](const char* field) {
+    return absl::InvalidArgumentError(absl::StrCat("ExpertGroups: ", field, " is null"));
+  };
+  if (p.m > 0 && p.experts == nullptr) return missing("experts");
+  if (p.expert_offsets == nullptr) return missing("expert_offsets");
+  if (p.m > 0 && p.row_index == nullptr) return missing("row_index");
+  return absl::OkStatus();
+}
+
+template <int kWarps, int kUnroll>
+absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(p.num_experts));
+  config.blockDim = dim3(32 * kWarps);
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return ToStatus(cudaLaunchKernelEx(&config, ExpertGroups<kWarps, kUnroll>,
+                                     reinterpret_cast<const uint32_t*>(p.experts),
+                                     static_cast<int>(p.m * p.top_k), static_cast<int>(p.top_k),
+                                     static_cast<int>(p.num_experts), p.expert_offsets, p.row_index,
+                                     p.packed_rows),
+                  "ExpertGroups");
+}
+
+}  // namespace
+
+absl::Status LaunchExpertGroups(const ExpertGroupsParams& params, cudaStream_t stream) {
+  RETURN_IF_ERROR(Validate(params));
+  static_assert(sizeof(ExpertId) == sizeof(uint32_t), "ids are read as integers");
+  if (params.m * params.top_k <= 2048) return Launch<8, 4>(params, stream);
+  return Launch<16, 16>(params, stream);
+}
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,384 @@
+#include <algorithm>
+
+#include "base/status_macros.h"
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/tensor_map.h"
+#include "kernels/cuda/device/wgmma.cuh"
+#include "kernels/cuda/fp8_linear/cluster.cuh"
+#include "kernels/cuda/fp8_linear/output.cuh"
+#include "kernels/cuda/fp8_linear/paths.h"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+constexpr int kMostStages = 16;
+constexpr int kSharedBytes = 226 * 1024;  // of a multiprocessor, for dynamic shared memory
+
+constexpr int kScaleBlocks = 16;
+
+struct Small {
+  int m, n, k_blocks;
+  int segments, segment_blocks;
+  int stages;
+  const float* x_scales;
+  const float* weight_scales;
+  uint16_t* out;
+  int64_t out_stride;
+  bool dependent;    // the grid in front may still run
+  bool wide_stores;  // rows of `out` are 16-aligned
+};
+
+// Weight rows and token rows of a tile. A stage holds one block of K of both.
+template <int kTokens, int kGroups>
+struct SmallTile {
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kThreads = 128 * kGroups;  // that multiply
+  // Where registers are short, the loading warp comes with three idle ones, to give up theirs.
+  static constexpr bool kMoveRegisters = kTokens == 128 && kGroups > 1;
+  static constexpr int kLoaderRegisters = kGroups == 2 ? 40 : 32;
+  static constexpr int kRegisters = kGroups == 2 ? 232 : 160;
+  static constexpr int kAllThreads = kThreads + (kMoveRegisters ? 128 : 32);
+  static constexpr int kWeightBytes = kRows * kFp8Block;
+  static constexpr int kTokenBytes = kTokens * kFp8Block;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  // Scales of the tokens, of 16 blocks at a time and the next 16: [16][kScalePitch] floats. The
+  // pitch spreads the blocks of a token over the banks.
+  static constexpr int kScalePitch = kTokens + 2;
+  static constexpr int kScaleBytes = 2 * kScaleBlocks * kScalePitch * 4;
+  // Output rows of a token, staged where stages were. The padding spreads stmatrix over all banks.
+  static constexpr int kPitch = 2 * kRows + 16;
+  // Sums that arrive from the segments: 16 bytes a thread, segment and 8 tokens.
+  static constexpr int kGroupBytes = 16 * kThreads;
+};
+
+// Each CTA of a cluster merges and stores so many whole groups of 8 tokens; the last ones fewer or
+// none.
+__host__ __device__ constexpr int MergedGroups(int tokens, int segments) {
+  return (tokens / 8 + segments - 1) / segments;
+}
+
+// Warpgroups 0 .. kGroups - 1 multiply, one warp more keeps copies in flight. kSets: sets of
+// accumulators; with two, a block is scaled while the next is multiplied.
+template <int kTokens, int kGroups, int kSets>
+__global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
+    Fp8LinearSmall(const __grid_constant__ CUtensorMap weights,
+                   const __grid_constant__ CUtensorMap tokens, const Small shape) {
+  using T = SmallTile<kTokens, kGroups>;
+  extern __shared__ uint8_t unaligned[];
+  __shared__ uint64_t full[kMostStages], empty[kMostStages], merged;
+  uint8_t* const stages = unaligned + (1024 - SharedAddress(unaligned) % 1024) % 1024;
+  float* const scales = reinterpret_cast<float*>(stages + shape.stages * T::kStageBytes);
+  uint8_t* const arriving = stages + shape.stages * T::kStageBytes + T::kScaleBytes;
+  const int weight0 = blockIdx.x * T::kRows;
+  const int token0 = blockIdx.y * kTokens;
+  const int segment = blockIdx.z;
+  const int block0 = segment * shape.segment_blocks;
+  const int blocks = min(shape.segment_blocks, shape.k_blocks - block0);
+  // The same for a warp, which the compiler is told, so that descriptors are made once for all.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int groups_each = MergedGroups(kTokens, shape.segments);
+  const int my_groups = min(groups_each, kTokens / 8 - segment * groups_each);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < shape.stages; ++s) {
+      BarrierInit(&full[s], 1);
+      BarrierInit(&empty[s], 4 * kGroups);
+    }
+    BarrierInit(&merged, 1);
+    BarrierInitFence();
+    if (shape.segments > 1 && my_groups > 0)
+      BarrierArriveExpect(&merged, shape.segments * my_groups * T::kGroupBytes);
+  }
+  __syncthreads();
+  if (shape.segments > 1) ClusterArrive();
+  LaunchDependents();
+
+  if (warp >= 4 * kGroups) {
+    if constexpr (T::kMoveRegisters) {
+      RegistersDown<T::kLoaderRegisters>();
+      if (warp > 4 * kGroups) {
+        if (shape.segments > 1) ClusterWait();
+        return;
+      }
+    }
+    if (lane == 0) {
+      const auto load_weights = [&](int block, int s) {
+        BarrierArriveExpect(&full[s], T::kStageBytes);
+        TmaLoad2d(stages + s * T::kStageBytes, &weights, &full[s], (block0 + block) * kFp8Block,
+                  weight0, kEvictFirst);
+      };
+      const int ahead = shape.dependent ? min(shape.stages, blocks) : 0;
+      for (int block = 0; block < ahead; ++block) load_weights(block, block);
+      WaitForGridsInFront();  // weights are nobody's output; rows are
+      int s = 0, parity = 1;
+      for (int block = 0; block < blocks; ++block) {
+        if (block >= ahead) {
+          BarrierWait(&empty[s], parity);
+          load_weights(block, s);
+        }
+        TmaLoad2d(stages + s * T::kStageBytes + T::kWeightBytes, &tokens, &full[s],
+                  (block0 + block) * kFp8Block, token0, kEvictLast);
+        if (++s == shape.stages) {
+          s = 0;
+          parity ^= 1;
+        }
+      }
+    }
+    __syncwarp();
+    if (shape.segments > 1) ClusterWait();
+    return;
+  }
+
+  if constexpr (T::kMoveRegisters) RegistersUp<T::kRegisters>();
+  const int group = warp / 4;
+  const float* const weight_scale =
+      shape.weight_scales +
+      static_cast<int64_t>(min(weight0 + 64 * group, shape.n - 1) / kFp8Block) * shape.k_blocks +
+      block0;
+  float sum[kTokens / 2];
+  float part[kSets][kTokens / 2];
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
+  float next_scale = blocks > 0 ? __ldg(weight_scale) : 0.0f;
+
+  int issue_stage = 0, issue_parity = 0;
+  const auto multiply = [&](float(&d)[kTokens / 2]) {
+    BarrierWait(&full[issue_stage], issue_parity);
+    const uint32_t stage = SharedAddress(stages + issue_stage * T::kStageBytes);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kFp8Block / 32; ++step) {
+      WgmmaInstruction<E4m3Operands, kTokens>::Shared(
+          d, KMajorDescriptor(stage + group * 64 * kFp8Block + 32 * step),
+          KMajorDescriptor(stage + T::kWeightBytes + 32 * step), step != 0);
+    }
+    WgmmaCommit();
+    if (++issue_stage == shape.stages) {
+      issue_stage = 0;
+      issue_parity ^= 1;
+    }
+  };
+  // Scales of blocks 16 i .. 16 i + 15 of this segment, on their way to shared memory.
+  const auto load_scales = [&](int i) {
+    const int count = min(kScaleBlocks, blocks - i * kScaleBlocks);
+    const int in = threadIdx.x % kScaleBlocks;
+    if (in < count) {
+      for (int t = threadIdx.x / kScaleBlocks; t < kTokens; t += T::kThreads / kScaleBlocks) {
+        // Rows beyond m are computed with any scale of a row that exists, and not stored.
+        const int row = min(token0 + t, shape.m - 1);
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                         SharedAddress(scales + (i % 2 * kScaleBlocks + in) * T::kScalePitch + t)),
+                     "l"(shape.x_scales + static_cast<int64_t>(row) * shape.k_blocks + block0 +
+                         i * kScaleBlocks + in)
+                     : "memory");
+      }
+    }
+  };
+  WaitForGridsInFront();
+  load_scales(0);
+  int scale_stage = 0;
+  // Adds a block's products, of which at most kPending blocks are still being multiplied.
+  const auto add = [&]<int kPending>(float(&d)[kTokens / 2], int block) {
+    const float scale_w = next_scale;
+    next_scale = __ldg(weight_scale + min(block + 1, blocks - 1));
+    if (block % kScaleBlocks == 0) {
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      NamedBarrier(1, T::kThreads);  // all have theirs, and nobody reads the 16 before
+      load_scales(block / kScaleBlocks + 1);
+    }
+    const float* const scale_x = scales + block % (2 * kScaleBlocks) * T::kScalePitch;
+    const auto scales_of = [&](int j, float(&scale)[2]) {
+      const float2 pair = *reinterpret_cast<const float2*>(scale_x + 8 * j + 2 * (lane % 4));
+      scale[0] = __fmul_rn(pair.x, scale_w);
+      scale[1] = __fmul_rn(pair.y, scale_w);
+    };
+    const auto release = [&] {
+      __syncwarp();
+      if (lane == 0) BarrierArrive(&empty[scale_stage]);
+    };
+    constexpr bool kAhead = kTokens < 128;  // scales are read while the products are made
+    float scale[kTokens / 8][2];
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) scales_of(j, scale[j]);
+    }
+    WgmmaWait<kPending>();
+    KeepRegisters(d);
+    if (kAhead) release();
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      if constexpr (!kAhead) scales_of(j, scale[j]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        sum[4 * j + c] = __fmaf_rn(scale[j][c % 2], d[4 * j + c], sum[4 * j + c]);
+    }
+    if (!kAhead) release();
+    if (++scale_stage == shape.stages) scale_stage = 0;
+  };
+  if constexpr (kSets == 1) {
+    for (int block = 0; block < blocks; ++block) {
+      multiply(part[0]);
+      add.template operator()<0>(part[0], block);
+    }
+  } else if (blocks > 0) {
+    multiply(part[0]);
+    int block = 0;
+    for (; block + 2 < blocks; block += 2) {
+      multiply(part[1]);
+      add.template operator()<1>(part[0], block);
+      multiply(part[0]);
+      add.template operator()<1>(part[1], block + 1);
+    }
+    if (block + 1 < blocks) {
+      multiply(part[1]);
+      add.template operator()<1>(part[0], block);
+      add.template operator()<0>(part[1], block + 1);
+    } else {
+      add.template operator()<0>(part[0], block);
+    }
+  }
+
+  // Four sums of a group of 8 tokens, as a thread holds them, to the staged rows.
+  const auto stage_group = [&](int token_group, const float(&v)[4]) {
+    StoreMatrices2Transposed(SharedAddress(stages + (8 * token_group + lane % 8) * T::kPitch +
+                                           16 * (8 * group + 2 * (warp % 4) + lane / 8 % 2)),
+                             Bf16Pair(v[0], v[1]), Bf16Pair(v[2], v[3]));
+  };
+  int first = token0, count = kTokens;
+  if (shape.segments == 1) {
+    NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j)
+      stage_group(j, {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]});
+  } else {
+    ClusterWait();  // the others' barriers exist
+    const uint32_t mine =
+        SharedAddress(arriving) + segment * groups_each * T::kGroupBytes + 16 * threadIdx.x;
+    int to = 0, place = 0;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      StoreAsync(ClusterAddress(mine + place * T::kGroupBytes, to),
+                 {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]},
+                 ClusterAddress(SharedAddress(&merged), to));
+      if (++place == groups_each) {
+        place = 0;
+        ++to;
+      }
+    }
+    if (my_groups <= 0) return;
+    BarrierWaitForCluster(&merged, 0);  // and with this CTA's own sums, nobody reads the stages
+    for (int j = 0; j < my_groups; ++j) {
+      float v[4];
+      for (int from = 0; from < shape.segments; ++from) {
+        const float4 a = *reinterpret_cast<const float4*>(
+            arriving + (from * groups_each + j) * T::kGroupBytes + 16 * threadIdx.x);
+        v[0] = from == 0 ? a.x : __fadd_rn(v[0], a.x);
+        v[1] = from == 0 ? a.y : __fadd_rn(v[1], a.y);
+        v[2] = from == 0 ? a.z : __fadd_rn(v[2], a.z);
+        v[3] = from == 0 ? a.w : __fadd_rn(v[3], a.w);
+      }
+      stage_group(j, v);
+    }
+    first += segment * groups_each * 8;
+    count = my_groups * 8;
+  }
+  NamedBarrier(1, T::kThreads);
+  for (int i = threadIdx.x; i < count * (T::kRows / 8); i += T::kThreads) {
+    const int token = i / (T::kRows / 8), chunk = i % (T::kRows / 8);
+    const int row = weight0 + 8 * chunk;
+    if (first + token >= shape.m || row >= shape.n) continue;
+    const uint8_t* const from = stages + token * T::kPitch + 16 * chunk;
+    uint16_t* const to = shape.out + (first + token) * shape.out_stride + row;
+    if (shape.wide_stores && row + 8 <= shape.n) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int e = 0; e < min(8, shape.n - row); ++e)
+        to[e] = reinterpret_cast<const uint16_t*>(from)[e];
+    }
+  }
+}
+
+template <int kTokens, int kGroups>
+absl::Status Launch(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
+  // A single warpgroup has nobody else to multiply while it scales.
+  constexpr int kSets = kGroups == 1 && kTokens <= 64 ? 2 : 1;
+  using T = SmallTile<kTokens, kGroups>;
+  MatrixMap map;
+  map.rows = static_cast<uint64_t>(p.n);
+  map.cols = map.row_stride_bytes = static_cast<uint64_t>(p.k);
+  map.base = p.weight;
+  map.box_cols = kFp8Block;
+  map.box_rows = T::kRows;
+  ASSIGN_OR_RETURN(const CUtensorMap weights, EncodeMatrixMap(map));
+  map.rows = static_cast<uint64_t>(p.m);
+  map.base = p.x;
+  map.box_rows = kTokens;
+  ASSIGN_OR_RETURN(const CUtensorMap tokens, EncodeMatrixMap(map));
+
+  Small shape;
+  shape.m = static_cast<int>(p.m);
+  shape.n = static_cast<int>(p.n);
+  shape.k_blocks = static_cast<int>((p.k + kFp8Block - 1) / kFp8Block);
+  shape.segment_blocks = (shape.k_blocks + segments - 1) / segments;
+  segments = shape.segments = (shape.k_blocks + shape.segment_blocks - 1) / shape.segment_blocks;
+  shape.dependent = p.weights_resident;
+  shape.x_scales = p.x_scales;
+  shape.weight_scales = p.weight_scales;
+  shape.out = reinterpret_cast<uint16_t*>(p.out);
+  shape.out_stride = p.out_stride;
+  shape.wide_stores = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.out_stride % 8 == 0;
+  const int arriving =
+      segments == 1 ? 0 : segments * MergedGroups(kTokens, segments) * T::kGroupBytes;
+  const int budget = kSharedBytes - 1024 - T::kScaleBytes - arriving;
+  shape.stages = std::min({kMostStages, shape.segment_blocks, budget / T::kStageBytes});
+  if (shape.stages < std::min(2, shape.segment_blocks))
+    return absl::InternalError("Fp8LinearSmall: a tile too large for shared memory");
+  const int needed = kTokens * T::kPitch;  // staged rows where stages were
+  const int bytes =
+      1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, needed) + arriving;
+
+  const auto kernel = Fp8LinearSmall<kTokens, kGroups, kSets>;
+  RETURN_IF_ERROR(
+      ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "Fp8LinearSmall"));
+  cudaLaunchConfig_t config = {};
+  config.gridDim =
+      dim3(static_cast<unsigned>((p.n + T::kRows - 1) / T::kRows),
+           static_cast<unsigned>((p.m + kTokens - 1) / kTokens), static_cast<unsigned>(segments));
+  config.blockDim = dim3(T::kAllThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {1, 1, static_cast<unsigned>(segments)};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = p.weights_resident ? 2 : 1;
+  return ToStatus(cudaLaunchKernelEx(&config, kernel, weights, tokens, shape), "Fp8LinearSmall");
+}
+
+// The narrowest tile that gives every CTA a multiprocessor of its own; widest where none does.
+template <int kTokens>
+absl::Status LaunchFor(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
+  const int64_t tiles = segments * ((p.m + kTokens - 1) / kTokens);
+  const auto fits = [&](int64_t rows) {
+    return tiles * ((p.n + rows - 1) / rows) <= MultiprocessorCount();
+  };
+  if (fits(64)) return Launch<kTokens, 1>(p, segments, stream);
+  if (fits(128)) return Launch<kTokens, 2>(p, segments, stream);
+  return Launch<kTokens, 3>(p, segments, stream);
+}
+
+}  // namespace
+
+absl::Status LaunchFp8LinearSmall(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
+  if (p.m <= 8) return LaunchFor<8>(p, segments, stream);
+  if (p.m <= 16) return LaunchFor<16>(p, segments, stream);
+  if (p.m <= 32) return LaunchFor<32>(p, segments, stream);
+  if (p.m <= 64) return LaunchFor<64>(p, segments, stream);
+  return LaunchFor<128>(p, segments, stream);
+}
+
+}  // namespace moebius::kernels::cuda

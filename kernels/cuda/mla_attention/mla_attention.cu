@@ -1,0 +1,469 @@
+#include "kernels/cuda/mla_attention/mla_attention.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/dependent_launch.cuh"
+#include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/tensor_map.h"
+#include "kernels/cuda/device/wgmma.cuh"
+#include "kernels/cuda/mla_attention/partial.cuh"
+#include "kernels/cuda/mla_attention/schedule.cuh"
+#include "kernels/cuda/mla_attention/segment_end.cuh"
+#include "kernels/cuda/mla_attention/tile.cuh"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+// One warp: keeps boxes of both buffers, and the queries, coming.
+__device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
+                                     const CUtensorMap& cache, const Shape& shape) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  MlaWorkList list(shape.schedule, Group(), s.shares);
+  MlaWork work;
+  uint32_t uses[2] = {0, 0}, works = 0;
+  const auto load = [&](int buffer, int first, int last, int32_t block) {
+#pragma unroll 1
+    for (int box = first; box <= last; ++box) {
+      BarrierArriveExpect(&s.full[buffer][box], kBoxBytes);
+      TmaLoad2d(s.kv[buffer] + box * kBoxBytes, &cache, &s.full[buffer][box], box * 64, block * 64,
+                kEvictNormal);
+    }
+  };
+  for (; list.Next(work); ++works) {
+    const int blocks = work.at.position / 64 + 1;
+    const int size = shape.schedule.SegmentBlocks(work.at.position);
+    const int first = work.begin * size, end = min(work.end * size, blocks);
+    const int32_t* const table = shape.block_tables + work.at.sequence * shape.max_blocks;
+    int32_t entries = 0;
+    for (int block = first; block < end; ++block) {
+      if ((block - first) % 32 == 0) entries = block + lane < end ? __ldg(table + block + lane) : 0;
+      const int32_t id = __shfl_sync(~0u, entries, (block - first) % 32);
+      if (block == first) {
+        if (works > 0) BarrierWait(&s.q_empty, (works - 1) % 2);
+        if (lane == 0) {
+          BarrierArriveExpect(&s.q_full, kTileBytes);
+#pragma unroll 1
+          for (int box = 0; box < kBoxes; ++box) {
+            TmaLoad2d(s.q + box * kBoxBytes, &queries, &s.q_full, box * 64,
+                      work.row * shape.heads + Tile() * 64, kEvictNormal);
+          }
+        }
+      }
+      const int buffer = block % 2;  // segments begin at even blocks
+      const uint32_t use = uses[buffer]++;
+      if (use > 0) BarrierWait(&s.empty[buffer][0], (use - 1) % 2);
+      if (lane == 0) load(buffer, 0, 3, id);
+      if (use > 0) BarrierWait(&s.empty[buffer][1], (use - 1) % 2);
+      if (lane == 0) load(buffer, 4, 8, id);
+      __syncwarp();
+    }
+  }
+}
+
+// The blocks of a segment.
+struct Walk {
+  int first_block;
+  int blocks;
+  int last_block;  // of the row's context
+  int last;        // its last position
+  // The last position of a block of the segment that the row sees.
+  __device__ int LastOf(int block) const { return first_block + block == last_block ? last : 63; }
+};
+__device__ __forceinline__ Walk WalkSegment(const Shape& shape, const MlaWork& work, int segment) {
+  Walk w;
+  w.last_block = work.at.position / 64;
+  w.last = work.at.position % 64;
+  const int size = shape.schedule.SegmentBlocks(work.at.position);
+  w.first_block = segment * size;
+  w.blocks = min(size, w.last_block + 1 - w.first_block);
+  return w;
+}
+
+// Even blocks and columns 0 .. 255.
+__device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int row = 16 * (thread / 32) + thread % 32 / 4;
+  const uint32_t base = SharedAddress(&s) / 16;
+  MlaWorkList list(shape.schedule, Group(), s.shares);
+  MlaWork work;
+  uint32_t pairs = 0, works = 0, segments = 0;
+  for (; list.Next(work); ++works) {
+    BarrierWait(&s.q_full, works % 2);
+    Walk walk = WalkSegment(shape, work, work.begin);
+    float scores[32];
+    const auto first_scores = [&] {
+      if (walk.LastOf(0) < 63) ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
+      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 8);
+    };
+    first_scores();
+    WgmmaWait<0>();
+    KeepRegisters(scores);
+    if (walk.blocks > 1) NamedBarrierArrive(kScored, 256);
+    for (int segment = work.begin;; ++segment, ++segments) {
+      Output o;
+      MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+      float factor[2];
+      for (int block = 0;; block += 2) {
+        uint32_t p[4][4];
+        Softmax(scores, p, shape.scale_log2, walk.LastOf(block), state, factor);
+        if (pairs > 0) NamedBarrier(kEvenFree, 256);
+        ++pairs;
+        StoreProbabilities(s.p, p);
+        if (thread % 4 == 0) {
+          s.anchor[0][row] = state.anchor[0];
+          s.anchor[0][row + 8] = state.anchor[1];
+        }
+        ProxyFence();
+        NamedBarrierArrive(kEvenReady, 256);
+        if (block > 0) Rescale(o, factor);
+        AddValues(o, p, MnMajor(base, kEven), block > 0);
+        WgmmaWait<0>();
+        KeepRegisters(o);
+        Release(&s.empty[0][0]);
+        if (block + 1 == walk.blocks) break;
+        NamedBarrier(kOddReady, 256);
+        Follow(s.anchor[1], row, state, factor);
+        Rescale(o, factor);
+        AddValues(o, KMajor(base, kOdd + 8 * kBoxBytes), MnMajor(base, kOdd), true);
+        if (block + 2 == walk.blocks) {
+          WgmmaWait<0>();
+          KeepRegisters(o);
+          Release(&s.empty[1][0]);
+          break;
+        }
+        // The next scores right behind these values.
+        if (walk.LastOf(block + 2) < 63) {
+          ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
+        }
+        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 0);
+        WgmmaWait<1>();
+        Release(&s.empty[1][0]);
+        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 1, 7);
+        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 8, 8);
+        WgmmaWait<1>();
+        if (block + 3 < walk.blocks) NamedBarrierArrive(kScored, 256);
+        WgmmaWait<0>();
+        KeepRegisters(scores);
+        KeepRegisters(o);
+      }
+      AddSums(s, segments % 2, 0, row, state);
+      if (segment + 1 == work.end) {
+        Release(&s.q_empty);
+        EndWork(shape, work, segment, 0, o, state);
+        ++segments;
+        break;
+      }
+      walk = WalkSegment(shape, work, segment + 1);
+      first_scores();  // while this segment goes to memory
+      KeepSegment(shape, work, segment, 0, o, state);
+      WgmmaWait<0>();
+      KeepRegisters(scores);
+      if (walk.blocks > 1) NamedBarrierArrive(kScored, 256);
+    }
+  }
+  if (pairs > 0) NamedBarrier(kEvenFree, 256);
+}
+
+// Odd blocks and columns 256 .. 511.
+__device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int row = 16 * (thread / 32) + thread % 32 / 4;
+  const uint32_t base = SharedAddress(&s) / 16;
+  MlaWorkList list(shape.schedule, Group(), s.shares);
+  MlaWork work;
+  uint32_t odds = 0, works = 0, segments = 0;
+  for (; list.Next(work); ++works) {
+    BarrierWait(&s.q_full, works % 2);
+    for (int segment = work.begin; segment < work.end; ++segment, ++segments) {
+      const Walk walk = WalkSegment(shape, work, segment);
+      Output o;
+      MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+      int block = 0;
+      float factor[2];
+      for (; block + 1 < walk.blocks; block += 2, ++odds) {
+        float scores[32];
+        const int last = walk.LastOf(block + 1);
+        if (last < 63) ClearBeyond(s.kv[1], s.full[1], odds % 2, last, kClear + 1);
+        // The tensor cores take turns: these scores while the even block's probabilities are made.
+        NamedBarrier(kScored, 256);
+        Scores(scores, KMajor(base, kQ), KMajor(base, kOdd), s.full[1], odds % 2, 0, 8);
+        NamedBarrier(kEvenReady, 256);
+        Follow(s.anchor[0], row, state, factor);
+        if (block > 0 && NeedsRescale(factor)) {
+          WgmmaWait<0>();  // accumulators are touched only when nothing is in flight
+          KeepRegisters(scores);
+          KeepRegisters(o);
+          Multiply(o, factor);
+        }
+        AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
+        WgmmaWait<1>();
+        KeepRegisters(scores);
+        uint32_t p[4][4];
+        Softmax(scores, p, shape.scale_log2, last, state, factor);
+        NamedBarrier(kClear + 1, 128);  // all have read the rope keys
+        StoreProbabilities(s.kv[1] + 8 * kBoxBytes, p);
+        if (thread % 4 == 0) {
+          s.anchor[1][row] = state.anchor[0];
+          s.anchor[1][row + 8] = state.anchor[1];
+        }
+        ProxyFence();
+        NamedBarrierArrive(kOddReady, 256);
+        WgmmaWait<0>();
+        KeepRegisters(o);
+        Release(&s.empty[0][1]);
+        NamedBarrierArrive(kEvenFree, 256);
+        Rescale(o, factor);
+        AddValues(o, p, MnMajor(base, kOdd + 4 * kBoxBytes), true);
+        WgmmaWait<0>();
+        KeepRegisters(o);
+        Release(&s.empty[1][1]);
+      }
+      if (block < walk.blocks) {  // an even block without an odd one
+        NamedBarrier(kEvenReady, 256);
+        Follow(s.anchor[0], row, state, factor);
+        if (block > 0) Rescale(o, factor);
+        AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
+        WgmmaWait<0>();
+        KeepRegisters(o);
+        Release(&s.empty[0][1]);
+        NamedBarrierArrive(kEvenFree, 256);
+      }
+      AddSums(s, segments % 2, 1, row, state);
+      if (segment + 1 == work.end) {
+        Release(&s.q_empty);
+        EndWork(shape, work, segment, 1, o, state);
+      } else {
+        KeepSegment(shape, work, segment, 1, o, state);
+      }
+    }
+  }
+}
+
+// One CTA for each 64 heads of a group.
+__global__ void __launch_bounds__(kThreads, 1)
+    MlaAttention(const __grid_constant__ CUtensorMap queries,
+                 const __grid_constant__ CUtensorMap cache, const __grid_constant__ Shape shape) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Shared& s = *reinterpret_cast<Shared*>(shared_bytes);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) {
+    if (SharedAddress(s.q) % 1024 != 0) __trap();
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      for (int box = 0; box < kBoxes; ++box) BarrierInit(&s.full[buffer][box], 1);
+      for (int part = 0; part < 2; ++part) BarrierInit(&s.empty[buffer][part], 4);
+    }
+    BarrierInit(&s.q_full, 1);
+    BarrierInit(&s.q_empty, 8);
+    BarrierInitFence();
+    PrefetchTensorMap(&queries);
+    PrefetchTensorMap(&cache);
+  }
+  WaitForPrecedingKernel();
+  LetNextKernelStart();  // it finds room as our CTAs end, and waits for them
+  if (shape.schedule.split) MakeShares(shape.schedule, s.shares);
+  __syncthreads();
+  if (warp >= 8) {
+    RegistersDown<kLoadRegisters>();
+    if (warp == 8) Load(s, queries, cache, shape);
+  } else {
+    RegistersUp<kComputeRegisters>();
+    if (warp < 4) {
+      ComputeEven(s, shape);
+    } else {
+      ComputeOdd(s, shape);
+    }
+  }
+}
+
+constexpr int kMergeCtas = 132 * 4;
+
+// Merges the segments of rows that several groups shared.
+__global__ void __launch_bounds__(kMaxSplitRows)
+    MergeSegments(const __grid_constant__ Shape shape) {
+  __shared__ MlaShares shares;
+  MakeShares(shape.schedule, shares);  // from what MlaAttention too has waited for
+  WaitForPrecedingKernel();
+  LetNextKernelStart();
+  const int half = static_cast<int>(threadIdx.x) / 128,
+            thread = static_cast<int>(threadIdx.x) % 128;
+  const int items = shape.schedule.m * shape.tiles * kPartialQuads;
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+    const int quad = item % kPartialQuads;
+    const int tile = item / kPartialQuads % shape.tiles;
+    const int row = item / kPartialQuads / shape.tiles;
+    if (!IsShared(shape.schedule, shares, row)) continue;
+    const int size = shape.schedule.SegmentBlocks(shape.schedule.rows[row].position);
+    const int segments = (shares.first_block[row + 1] - shares.first_block[row] + size - 1) / size;
+    const int64_t stride = shape.tiles * 2 * kPartialHalf;
+    const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
+                               (tile * 2 + half) * kPartialHalf;
+    MlaHeadState state = LoadState(from, thread);
+    float4 a = from[quad * 128 + thread];
+    constexpr int kBatch = 8;  // loads in flight
+    for (int segment = 1; segment < segments; segment += kBatch) {
+      MlaHeadState next_state[kBatch];
+      float4 next[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (segment + i >= segments) break;
+        next_state[i] = LoadState(from + (segment + i) * stride, thread);
+        next[i] = from[(segment + i) * stride + quad * 128 + thread];
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (segment + i >= segments) break;
+        const MlaMergeFactors factors = MergeState(state, next_state[i]);
+        a = MergeQuad(factors, a, next[i]);
+      }
+    }
+    const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
+    const MlaOutput out{shape.out + (int64_t{row} * shape.heads + tile * 64) * kMlaLatentRank,
+                        min(64, shape.heads - tile * 64)};
+    StoreQuad(out, half, quad, thread, a, inverse);
+  }
+}
+
+constexpr int64_t kMostPartialBytes = int64_t{1} << 29;
+
+struct Plan {
+  int tiles, groups, max_segments;
+  bool split;
+  int64_t workspace_bytes;
+};
+
+// Rows are shared among groups where that needs a bounded workspace.
+Plan MakePlan(int64_t m, int64_t num_heads, int64_t max_context, int64_t segment_tokens) {
+  Plan plan;
+  plan.tiles = static_cast<int>((num_heads + 63) / 64);
+  plan.groups = MultiprocessorCount() / plan.tiles;
+  const auto segments = [&](int64_t context) {
+    const int64_t size =
+        segment_tokens > 0 ? segment_tokens : MlaSegmentTokens(num_heads, context - 1);
+    return static_cast<int>((context + size - 1) / size);
+  };
+  plan.max_segments = segments(max_context);  // more than of any shorter one
+  const int64_t partials = m * plan.max_segments * plan.tiles * kPartialBytes;
+  plan.split = m <= kMaxSplitRows && partials <= kMostPartialBytes;
+  plan.workspace_bytes = plan.groups * plan.tiles * kPartialBytes + (plan.split ? partials : 0);
+  return plan;
+}
+
+absl::Status Validate(const MlaAttentionCoreParams& p, int64_t segment_tokens) {
+  const auto bad = [](const char* field, int64_t value) {
+    return absl::InvalidArgumentError(absl::StrCat("MlaAttention: ", field, " is ", value));
+  };
+  constexpr int64_t kMost = int64_t{1} << 22;  // rows of q and of the cache are int32
+  if (p.m < 0 || p.m > kMost) return bad("m", p.m);
+  if (p.num_heads < 1 || p.num_heads > kMlaMaxHeads) return bad("num_heads", p.num_heads);
+  if (p.num_blocks < 1 || p.num_blocks > kMost) return bad("num_blocks", p.num_blocks);
+  if (p.max_context < 1 || p.max_context > kMost) return bad("max_context", p.max_context);
+  if (p.max_blocks * 64 < p.max_context) return bad("max_blocks", p.max_blocks);
+  if (segment_tokens < 0 || segment_tokens % 128 != 0 || segment_tokens > kMost)
+    return bad("segment_tokens", segment_tokens);
+  if (!(p.softmax_scale > 0) || p.softmax_scale > 1e30f) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("MlaAttention: softmax_scale is ", p.softmax_scale));
+  }
+  const auto misaligned = [](const void* pointer, size_t alignment) {
+    return pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % alignment != 0;
+  };
+  for (const auto& [name, pointer, alignment] :
+       {std::tuple<const char*, const void*, size_t>{"q", p.q, 16},
+        {"cache", p.cache, 16},
+        {"workspace", p.workspace, 16},
+        {"rows", p.rows, alignof(MlaRow)},
+        {"block_tables", p.block_tables, 4},
+        {"out", p.out, 4}}) {
+    if (misaligned(pointer, alignment)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("MlaAttention: ", name, " is null or not aligned to ", alignment));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int64_t MlaAttentionWorkspaceBytesWithSegments(int64_t m, int64_t num_heads, int64_t max_context,
+                                               int64_t segment_tokens) {
+  return MakePlan(m, num_heads, max_context, segment_tokens).workspace_bytes;
+}
+
+int64_t MlaAttentionWorkspaceBytes(int64_t m, int64_t num_heads, int64_t max_context) {
+  return MlaAttentionWorkspaceBytesWithSegments(m, num_heads, max_context, 0);
+}
+
+absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int64_t segment_tokens,
+                                            cudaStream_t stream) {
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(Validate(p, segment_tokens));
+  const Plan plan = MakePlan(p.m, p.num_heads, p.max_context, segment_tokens);
+  if (p.workspace_bytes < plan.workspace_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("MlaAttention: workspace_bytes is ",
+                                                   p.workspace_bytes, ", needed are ",
+                                                   plan.workspace_bytes));
+  }
+  MatrixMap map;
+  map.element_bytes = 2;
+  map.cols = kMlaLatentDim;
+  map.row_stride_bytes = 2 * kMlaLatentDim;
+  map.box_rows = map.box_cols = 64;
+  map.base = p.q;
+  map.rows = static_cast<uint64_t>(p.m * p.num_heads);
+  ASSIGN_OR_RETURN(const CUtensorMap queries, EncodeMatrixMap(map));
+  map.base = p.cache;
+  map.rows = static_cast<uint64_t>(p.num_blocks * 64);
+  ASSIGN_OR_RETURN(const CUtensorMap cache, EncodeMatrixMap(map));
+
+  Shape shape;
+  shape.schedule = {static_cast<int>(p.m),
+                    plan.groups,
+                    static_cast<int>(p.num_heads),
+                    static_cast<int>(segment_tokens / 64),
+                    plan.split,
+                    p.rows};
+  shape.heads = static_cast<int>(p.num_heads);
+  shape.tiles = plan.tiles;
+  shape.block_tables = p.block_tables;
+  shape.max_blocks = p.max_blocks;
+  shape.scale_log2 = p.softmax_scale * 1.44269504f;
+  shape.out = reinterpret_cast<uint16_t*>(p.out);
+  shape.chains = static_cast<float4*>(p.workspace);
+  shape.segments = shape.chains + plan.groups * plan.tiles * 2 * kPartialHalf;
+  shape.max_segments = plan.max_segments;
+
+  RETURN_IF_ERROR(
+      ToStatus(cudaFuncSetAttribute(MlaAttention, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(sizeof(Shared))),
+               "MlaAttention"));
+  const auto launch = [&](auto kernel, dim3 grid, int threads, size_t shared_bytes,
+                          const char* name, auto... arguments) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;  // both kernels wait themselves
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return ToStatus(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  };
+  RETURN_IF_ERROR(launch(
+      MlaAttention, dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups)),
+      kThreads, sizeof(Shared), "MlaAttention", queries, cache, shape));
+  if (!plan.split || plan.max_segments == 1) return absl::OkStatus();
+  const int64_t items = p.m * plan.tiles * kPartialQuads;
+  return launch(MergeSegments, dim3(static_cast<unsigned>(std::min<int64_t>(items, kMergeCtas))),
+                kMaxSplitRows, 0, "MergeSegments", shape);
+}
+
+absl::Status LaunchMlaAttention(const MlaAttentionCoreParams& params, cudaStream_t stream) {
+  return LaunchMlaAttentionWithSegments(params, 0, stream);
+}
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,158 @@
+#include "kernels/cuda/quantize_rows/quantize_rows.h"
+
+#include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
+#include "kernels/cuda/device/dependent_launch.cuh"
+#include "kernels/cuda/device/quantizer.cuh"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+// A thread quantises one vector (of several rows); a block takes 1,024 neighbouring elements.
+constexpr int kThreads = 128;
+constexpr int kBlockElements = kThreads * kVectorElements;
+constexpr int kCopiesAtOnce = 8;
+constexpr int64_t kMaxDim = int64_t{1} << 20;
+
+struct Rows {
+  int m, dim;
+  const uint16_t* x;
+  int64_t x_stride;
+  bool power_of_two;
+};
+
+struct QuantizeArgs {
+  Rows rows;
+  const int32_t* row_index;
+  uint8_t* codes;
+  float* scales;
+};
+
+struct DispatchArgs {
+  Rows rows;
+  const int32_t* copy_begin;
+  const RowCopy* copies;
+};
+
+// kRows rows a thread, their loads in flight together.
+template <int kRows, bool kAligned>
+__global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args) {
+  WaitForPrecedingKernel();
+  const Rows& rows = args.rows;
+  const int first = static_cast<int>(blockIdx.x) * kRows;
+  const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
+  const int64_t blocks = (rows.dim + 127) / 128;
+  RowVector x[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= rows.m) continue;
+    const int64_t source = args.row_index == nullptr ? first + r : args.row_index[first + r];
+    x[r] = LoadVector<kAligned>(rows.x + source * rows.x_stride, at, rows.dim);
+  }
+  LetNextKernelStart();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= rows.m) continue;
+    const int64_t row = first + r;
+    QuantizeVector<kAligned>(x[r], at, rows.dim, rows.power_of_two, args.codes + row * rows.dim,
+                             args.scales + row * blocks);
+  }
+}
+
+template <bool kAligned>
+__global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args) {
+  WaitForPrecedingKernel();
+  const Rows& rows = args.rows;
+  const int64_t row = blockIdx.x;
+  const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
+  const RowVector x = LoadVector<kAligned>(rows.x + row * rows.x_stride, at, rows.dim);
+  const int begin = args.copy_begin[row], end = args.copy_begin[row + 1];
+  if (begin == end) return;
+  // The first places are read while the row is on its way; past the last, the last again.
+  RowCopy copies[kCopiesAtOnce];
+  const auto read_copies = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kCopiesAtOnce; ++i) {
+      const ulonglong2 pointers =
+          *reinterpret_cast<const ulonglong2*>(args.copies + min(first + i, end - 1));
+      copies[i].codes = reinterpret_cast<E4m3*>(pointers.x);
+      copies[i].scales = reinterpret_cast<float*>(pointers.y);
+    }
+  };
+  read_copies(begin);
+  const BlockScale s = ScaleOfBlock(LargestOfBlock(x), rows.power_of_two);
+  const uint2 codes = CodesOfVector(x, s);
+  const bool leads = threadIdx.x % kBlockLanes == 0 && at < rows.dim;
+  LetNextKernelStart();
+  for (int first = begin;;) {
+#pragma unroll
+    for (int i = 0; i < kCopiesAtOnce; ++i) {
+      if (first + i >= end) break;
+      uint8_t* const to = reinterpret_cast<uint8_t*>(copies[i].codes);
+      if (kAligned && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+        StoreCodes<true>(codes, to, at, rows.dim);
+      } else {
+        StoreCodes<false>(codes, to, at, rows.dim);
+      }
+      if (leads) copies[i].scales[at / 128] = s.scale;
+    }
+    first += kCopiesAtOnce;
+    if (first >= end) break;
+    read_copies(first);
+  }
+}
+
+absl::Status Validate(const char* op, int64_t m, int64_t dim, const void* x, int64_t x_stride) {
+  RETURN_IF_ERROR(CheckRange(op, "m", m, 0, INT32_MAX - 8));
+  RETURN_IF_ERROR(CheckRange(op, "dim", dim, 1, kMaxDim));
+  RETURN_IF_ERROR(CheckRange(op, "x_stride", x_stride, dim, INT64_MAX));
+  return CheckPointer(op, "x", x, 2);
+}
+
+Rows MakeRows(int64_t m, int64_t dim, const Bf16* x, int64_t x_stride, bool power_of_two) {
+  return {static_cast<int>(m), static_cast<int>(dim), reinterpret_cast<const uint16_t*>(x),
+          x_stride, power_of_two};
+}
+
+dim3 Grid(int64_t m, int rows_per_block, int64_t dim) {
+  return dim3(static_cast<unsigned>((m + rows_per_block - 1) / rows_per_block),
+              static_cast<unsigned>((dim + kBlockElements - 1) / kBlockElements));
+}
+
+}  // namespace
+
+absl::Status LaunchQuantizeRows(const QuantizeRowsParams& p, cudaStream_t stream) {
+  constexpr char kOp[] = "QuantizeRows";
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(Validate(kOp, p.m, p.dim, p.x, p.x_stride));
+  RETURN_IF_ERROR(CheckPointer(kOp, "codes", p.codes, 1));
+  RETURN_IF_ERROR(CheckPointer(kOp, "scales", p.scales, 4));
+  const QuantizeArgs args{MakeRows(p.m, p.dim, p.x, p.x_stride, p.power_of_two_scales), p.row_index,
+                          reinterpret_cast<uint8_t*>(p.codes), p.scales};
+  const bool aligned =
+      VectorsAreAligned(p.x, p.x_stride, p.dim) && CodesAreAligned(p.codes, p.dim, p.dim);
+  if (!aligned) {
+    return LaunchDependent(kOp, QuantizeRows<1, false>, Grid(p.m, 1, p.dim), kThreads, stream,
+                           args);
+  }
+  // Few rows: as many threads as there are vectors. Many: fewer, with more in flight each.
+  if (p.m * p.dim <= int64_t{1} << 21) {
+    return LaunchDependent(kOp, QuantizeRows<1, true>, Grid(p.m, 1, p.dim), kThreads, stream, args);
+  }
+  return LaunchDependent(kOp, QuantizeRows<2, true>, Grid(p.m, 2, p.dim), kThreads, stream, args);
+}
+
+absl::Status LaunchDispatchRows(const DispatchRowsParams& p, cudaStream_t stream) {
+  constexpr char kOp[] = "DispatchRows";
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(Validate(kOp, p.m, p.dim, p.x, p.x_stride));
+  RETURN_IF_ERROR(CheckPointer(kOp, "copy_begin", p.copy_begin, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "copies", p.copies, 16));
+  const DispatchArgs args{MakeRows(p.m, p.dim, p.x, p.x_stride, p.power_of_two_scales),
+                          p.copy_begin, p.copies};
+  const auto kernel =
+      VectorsAreAligned(p.x, p.x_stride, p.dim) ? DispatchRows<true> : DispatchRows<false>;
+  return LaunchDependent(kOp, kernel, Grid(p.m, 1, p.dim), kThreads, stream, args);
+}
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,106 @@
+#pragma once
+
+// The arithmetic of a draw: weights as integers, the order of candidates as integers, the
+// logarithm.
+
+#include <cstdint>
+
+#include "base/ids.h"
+
+namespace moebius::kernels::cuda {
+
+// log2(e^(logit - max)) of a negligible weight: 2^-60 rounds to mass 0.
+constexpr float kLeastExponent = -60.0f;
+constexpr int kMassBits = 41;  // a weight of 1 has mass 2^41
+constexpr float kLog2E = 1.44269504f;
+
+// The exponent of a weight, at most 0. NaN (a NaN logit, or a maximum that is infinite) is
+// negligible.
+__device__ __forceinline__ float WeightExponent(float logit, float maximum, float factor) {
+  return fmaxf(__fmul_rn(__fsub_rn(logit, maximum), factor), kLeastExponent);
+}
+
+// A mass in two parts: a multiple of 2^-18 and what is left in multiples of 2^-41.
+struct MassParts {
+  float high;   // 0 .. 1
+  int32_t low;  // -2^22 .. 2^22
+};
+__device__ __forceinline__ MassParts PartsOf(float exponent) {
+  // Adding 1.5 * 2^k rounds a float to a multiple of 2^(k - 23) and leaves the multiple in the low
+  // bits of its representation.
+  constexpr float kHighMagic = 48.0f, kLowMagic = 1.5f / 262144;
+  float weight;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(exponent));
+  const float high = __fsub_rn(__fadd_rn(weight, kHighMagic), kHighMagic);
+  const float rest = __fsub_rn(weight, high);
+  return {high, __float_as_int(__fadd_rn(rest, kLowMagic)) - __float_as_int(kLowMagic)};
+}
+
+// The sum of up to kMostSummed masses, exact in both parts.
+constexpr int kMostSummed = 64;
+struct MassSum {
+  float high = 0.0f;
+  int32_t low = 0;
+  __device__ __forceinline__ void Add(MassParts parts) {
+    high = __fadd_rn(high, parts.high);
+    low += parts.low;
+  }
+  __device__ __forceinline__ int64_t Total() const {
+    return (static_cast<int64_t>(static_cast<int32_t>(high * 262144.0f)) << 23) + low;
+  }
+};
+
+__device__ __forceinline__ uint64_t MassOf(float exponent) {
+  MassSum sum;
+  sum.Add(PartsOf(exponent));
+  return static_cast<uint64_t>(sum.Total());
+}
+
+// Unsigned integers in the order of the floats; NaN is placed with -infinity, -0 with +0.
+__device__ __forceinline__ uint32_t OrderedBits(float value) {
+  if (value != value) value = -__builtin_inff();
+  const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
+  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float FromOrderedBits(uint32_t bits) {
+  return __uint_as_float((bits & 0x80000000u) ? bits ^ 0x80000000u : ~bits);
+}
+
+// Ascending keys are candidates in descending logit, then ascending id.
+constexpr int kIdBits = 20;
+__device__ __forceinline__ uint64_t CandidateKey(float logit, TokenId id) {
+  return (static_cast<uint64_t>(~OrderedBits(logit)) << kIdBits) | static_cast<uint32_t>(id);
+}
+__device__ __forceinline__ TokenId IdOfKey(uint64_t key) {
+  return static_cast<TokenId>(key & ((1u << kIdBits) - 1));
+}
+__device__ __forceinline__ float LogitOfKey(uint64_t key) {
+  return FromOrderedBits(~static_cast<uint32_t>(key >> kIdBits));
+}
+
+// Natural logarithm of a normal, positive double: kernels/cpu/sampler.h's, the same operations.
+__device__ inline double NaturalLog(double x) {
+  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x));
+  int64_t n = static_cast<int64_t>((bits >> 52) & 0x7FF) - 1023;
+  double m = __longlong_as_double(
+      static_cast<int64_t>((bits & 0x000FFFFFFFFFFFFFull) | 0x3FF0000000000000ull));
+  if (m > 1.4142135623730951) {
+    m *= 0.5;
+    ++n;
+  }
+  const double t = (m - 1.0) / (m + 1.0);
+  const double t2 = t * t;
+  double series = 0.0;
+#pragma unroll
+  for (int k = 23; k >= 3; k -= 2) series = (series + 1.0 / k) * t2;
+  return static_cast<double>(n) * 0.6931471805599453 + 2.0 * (t + t * series);
+}
+
+// log(sum of masses) at temperature 1, NaN for an empty sum.
+__device__ inline float LogOfMass(uint64_t mass) {
+  if (mass == 0) return __int_as_float(0x7fffffff);
+  return static_cast<float>(
+      NaturalLog(static_cast<double>(mass) * (1.0 / static_cast<double>(1ull << kMassBits))));
+}
+
+}  // namespace moebius::kernels::cuda

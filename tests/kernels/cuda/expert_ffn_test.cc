@@ -1,0 +1,359 @@
+// Goal: the grouped expert FFN agrees with kernels/reference for any counts of rows and shapes, and
+// a row's bits depend on nothing but the row and its expert. Method: random experts small enough
+// for the reference row by row, one at DeepSeek-V3's size; batches that repeat one row at many
+// places among neighbours of every kind.
+
+#include "kernels/cuda/expert_ffn/expert_ffn.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "kernels/reference/experts.h"
+#include "tests/kernels/cuda/gpu_test.h"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+// Codes of all signs and mantissas, exponents as in a trained matrix: eight from a draw, because
+// weights here are many.
+std::vector<E4m3> RandomCodes(Prng& random, int64_t count) {
+  std::vector<E4m3> codes(static_cast<size_t>(count));
+  uint64_t bits = 0;
+  for (size_t i = 0; i < codes.size(); ++i) {
+    if (i % 4 == 0) bits = random.Next();
+    const uint64_t draw = bits >> (16 * (i % 4));
+    codes[i] = E4m3{static_cast<uint8_t>((draw & 0x87) | ((4 + (draw >> 8) % 8) << 3))};
+  }
+  return codes;
+}
+
+std::vector<float> RandomScales(Prng& random, int64_t count, float scale) {
+  std::vector<float> scales(static_cast<size_t>(count));
+  for (float& s : scales) s = scale * (0.5f + random.Unit());
+  return scales;
+}
+
+struct Matrix {
+  Matrix(Prng& random, int64_t rows, int64_t cols)
+      : n(rows),
+        k(cols),
+        codes(RandomCodes(random, rows * cols)),
+        scales(RandomScales(random, CeilDiv(rows, 128) * CeilDiv(cols, 128), 0.02f)),
+        device_codes(codes),
+        device_scales(scales) {}
+  MatrixView View() const {
+    return {DType::kE4m3, n, k, reinterpret_cast<const std::byte*>(codes.data()), scales.data()};
+  }
+  int64_t n, k;
+  std::vector<E4m3> codes;
+  std::vector<float> scales;
+  DeviceBuffer<E4m3> device_codes;
+  DeviceBuffer<float> device_scales;
+};
+
+struct Expert {
+  Expert(Prng& random, int64_t hidden, int64_t intermediate)
+      : gate(random, intermediate, hidden),
+        up(random, intermediate, hidden),
+        down(random, hidden, intermediate) {}
+  ExpertMatrices Device() const {
+    return {gate.device_codes.get(),  up.device_codes.get(),  down.device_codes.get(),
+            gate.device_scales.get(), up.device_scales.get(), down.device_scales.get()};
+  }
+  Matrix gate, up, down;
+};
+
+struct Experts {
+  Experts(int64_t count, int64_t hidden_size, int64_t intermediate_size, uint64_t seed)
+      : hidden(hidden_size), intermediate(intermediate_size) {
+    Prng random(seed);
+    std::vector<ExpertMatrices> devices;
+    for (int64_t e = 0; e < count; ++e) {
+      all.push_back(std::make_unique<Expert>(random, hidden, intermediate));
+      devices.push_back(all.back()->Device());
+    }
+    auto created = ExpertTable::Create(hidden, intermediate, devices);
+    EXPECT_TRUE(created.ok()) << created.status().ToString();
+    if (created.ok()) table = std::make_unique<ExpertTable>(*std::move(created));
+  }
+  int64_t hidden, intermediate;
+  std::vector<std::unique_ptr<Expert>> all;
+  std::unique_ptr<ExpertTable> table;
+};
+
+struct Sources {
+  Sources(int64_t rows, int64_t hidden, uint64_t seed) : k(hidden), blocks(CeilDiv(hidden, 128)) {
+    Prng random(seed);
+    codes = RandomCodes(random, rows * hidden);
+    scales = RandomScales(random, rows * blocks, 0.03f);
+  }
+  absl::Span<const E4m3> Codes(int64_t row) const {
+    return absl::MakeConstSpan(codes).subspan(static_cast<size_t>(row * k), static_cast<size_t>(k));
+  }
+  absl::Span<const float> Scales(int64_t row) const {
+    return absl::MakeConstSpan(scales).subspan(static_cast<size_t>(row * blocks),
+                                               static_cast<size_t>(blocks));
+  }
+  int64_t k, blocks;
+  std::vector<E4m3> codes;
+  std::vector<float> scales;
+};
+
+std::vector<int32_t> Offsets(const std::vector<int64_t>& counts) {
+  std::vector<int32_t> offsets = {0};
+  for (const int64_t count : counts)
+    offsets.push_back(offsets.back() + static_cast<int32_t>(count));
+  return offsets;
+}
+
+ExpertWorkspace WorkspaceFor(const Experts& experts, int64_t rows) {
+  auto workspace = ExpertWorkspace::Create(rows, experts.intermediate, 512);
+  EXPECT_TRUE(workspace.ok()) << workspace.status().ToString();
+  return *std::move(workspace);
+}
+
+// Runs on device copies; `capacity` rows of output, poisoned before. Beside a competing kernel it
+// needs a workspace made before: to free one waits for every running kernel.
+std::vector<Bf16> RunFfn(const Experts& experts, const Sources& sources,
+                         const std::vector<int64_t>& counts, const std::vector<int32_t>& row_index,
+                         int64_t capacity, const ExpertWorkspace& workspace,
+                         bool power_of_two_scales = false) {
+  const DeviceBuffer<E4m3> x(sources.codes);
+  const DeviceBuffer<float> x_scales(sources.scales);
+  const DeviceBuffer<int32_t> offsets(Offsets(counts)), index(row_index);
+  const DeviceBuffer<Bf16> out(static_cast<size_t>(capacity * experts.hidden));
+  GroupedFfnParams params;
+  params.table = experts.table.get();
+  params.num_experts = static_cast<int64_t>(counts.size());
+  params.row_offsets = offsets.get();
+  params.rows_max = capacity;
+  params.x_codes = x.get();
+  params.x_scales = x_scales.get();
+  params.row_index = row_index.empty() ? nullptr : index.get();
+  params.power_of_two_scales = power_of_two_scales;
+  params.out = out.get();
+  params.workspace = &workspace;
+  const absl::Status status = LaunchExpertFfn(params, nullptr);
+  EXPECT_TRUE(status.ok()) << status.ToString();
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "ExpertFfn");
+  return out.Download();
+}
+
+std::vector<float> Expected(const Expert& expert, const Sources& sources, int64_t source,
+                            bool power_of_two_scales) {
+  std::vector<float> out(static_cast<size_t>(expert.down.n));
+  reference::ExpertFfnQuantizedRow({expert.gate.View(), expert.up.View(), expert.down.View()},
+                                   sources.Codes(source), sources.Scales(source),
+                                   power_of_two_scales, reference::Rounding::kServing,
+                                   absl::MakeSpan(out));
+  return out;
+}
+
+std::vector<int32_t> RandomIndex(int64_t rows, int64_t sources, uint64_t seed) {
+  Prng random(seed);
+  std::vector<int32_t> index(static_cast<size_t>(rows));
+  for (int32_t& i : index) i = static_cast<int32_t>(random.Below(static_cast<uint64_t>(sources)));
+  return index;
+}
+
+class ExpertFfnTest : public GpuTest {};
+
+TEST_F(ExpertFfnTest, AgreesWithTheReferenceForAnyCountsAndShapes) {
+  struct Case {
+    int64_t hidden, intermediate;
+    std::vector<int64_t> counts;
+    bool power_of_two_scales;
+  };
+  for (const Case& c : {
+           Case{256, 128, {1}, false},
+           Case{256, 256, {3, 0, 8, 17, 1, 0}, false},
+           Case{400, 272, {9, 33, 0, 64}, false},
+           Case{1040, 144, {65, 2, 130}, true},
+           Case{16, 16, {1, 0, 5}, false},
+           Case{1168, 528, {0, 0, 300, 0}, false},
+           Case{7168, 2048, {1, 2}, false},
+           Case{7168, 2048, {0, 3}, true},
+       }) {
+    const Experts experts(static_cast<int64_t>(c.counts.size()), c.hidden, c.intermediate, 1);
+    const int64_t rows = std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0});
+    const Sources sources(rows + 3, c.hidden, 2);
+    const std::vector<int32_t> index = RandomIndex(rows, rows + 3, 3);
+    const std::vector<Bf16> out = RunFfn(experts, sources, c.counts, index, rows + 7,
+                                         WorkspaceFor(experts, rows + 7), c.power_of_two_scales);
+    const std::vector<int32_t> offsets = Offsets(c.counts);
+    std::vector<float> found, expected;
+    for (size_t e = 0; e < c.counts.size(); ++e) {
+      for (int64_t row = offsets[e]; row < offsets[e + 1]; ++row) {
+        // Long experts: the first rows, the last ones and those at borders of tiles.
+        const int64_t within = (row - offsets[e]) % 64;
+        if (c.counts[e] > 40 && within > 2 && within < 62 && row + 2 < offsets[e + 1]) continue;
+        const std::vector<float> one = Expected(
+            *experts.all[e], sources, index[static_cast<size_t>(row)], c.power_of_two_scales);
+        expected.insert(expected.end(), one.begin(), one.end());
+        for (int64_t i = 0; i < c.hidden; ++i)
+          found.push_back(ToFloat(out[static_cast<size_t>(row * c.hidden + i)]));
+      }
+    }
+    const double difference = RelativeDifference(found, expected);
+    std::printf("%ld x %ld, %ld rows of %zu experts: difference %.2g\n", c.hidden, c.intermediate,
+                rows, c.counts.size(), difference);
+    EXPECT_LT(difference, 1e-3) << c.hidden << " x " << c.intermediate;
+    for (int64_t i = rows * c.hidden; i < (rows + 7) * c.hidden; ++i)
+      ASSERT_EQ(out[static_cast<size_t>(i)].bits, 0xcdcd) << "a row of nobody was written";
+  }
+}
+
+TEST_F(ExpertFfnTest, RowsReadThemselvesWithoutAnIndex) {
+  const Experts experts(2, 384, 256, 4);
+  const Sources sources(50, 384, 5);
+  std::vector<int32_t> identity(50);
+  std::iota(identity.begin(), identity.end(), 0);
+  const ExpertWorkspace workspace = WorkspaceFor(experts, 50);
+  EXPECT_EQ(HashOf(RunFfn(experts, sources, {20, 30}, {}, 50, workspace)),
+            HashOf(RunFfn(experts, sources, {20, 30}, identity, 50, workspace)));
+}
+
+// Sources: row 0 is the one that is watched, the others are what may stand beside it.
+Sources WithHostileNeighbours(int64_t rows, int64_t hidden, uint64_t seed) {
+  Sources sources(rows, hidden, seed);
+  for (int64_t row = 1; row < rows; ++row) {
+    E4m3* const codes = sources.codes.data() + row * hidden;
+    float* const scales = sources.scales.data() + row * sources.blocks;
+    if (row % 6 == 1) codes[row % hidden] = E4m3{0x7f};
+    if (row % 6 == 2) scales[row % sources.blocks] = INFINITY;
+    if (row % 6 == 3) scales[row % sources.blocks] = NAN;
+    if (row % 6 == 4) std::fill(codes, codes + hidden, E4m3{0x7e});
+    if (row % 6 == 5) std::fill(scales, scales + sources.blocks, 1e30f);
+  }
+  return sources;
+}
+
+// How many of `counts`' rows of expert `watched` hold source 0, each compared with `alone`.
+int64_t CompareWithAlone(const std::vector<Bf16>& out, const std::vector<int32_t>& index,
+                         int64_t begin, int64_t end, int64_t hidden,
+                         const std::vector<Bf16>& alone) {
+  int64_t compared = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    if (index[static_cast<size_t>(row)] != 0) continue;
+    if (std::memcmp(out.data() + row * hidden, alone.data(), static_cast<size_t>(hidden) * 2) !=
+        0) {
+      ADD_FAILURE() << "packed row " << row << " of expert rows " << begin << " .. " << end
+                    << " has other bits than alone";
+      return compared;
+    }
+    compared += hidden;
+  }
+  return compared;
+}
+
+TEST_F(ExpertFfnTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
+  int64_t compared = 0;
+  for (const auto& [hidden, intermediate] :
+       {std::pair<int64_t, int64_t>{7168, 2048}, {1168, 400}}) {
+    const Experts experts(3, hidden, intermediate, 6);
+    const Sources sources = WithHostileNeighbours(64, hidden, 7);
+    const ExpertWorkspace workspace = WorkspaceFor(experts, 4300);
+    const std::vector<Bf16> alone = RunFfn(experts, sources, {0, 1, 0}, {0}, 1, workspace);
+    for (const Bf16 value : alone) ASSERT_TRUE(std::isfinite(ToFloat(value)));
+    const CompetingKernel competing;
+    for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
+      for (int64_t placement = 0; placement < 6; ++placement) {
+        // Other experts' rows before and after, so that tiles begin anywhere.
+        const std::vector<int64_t> counts = {placement * 5, m, 3};
+        const int64_t rows = counts[0] + counts[1] + counts[2];
+        std::vector<int32_t> index = RandomIndex(rows, 64, 8 + static_cast<uint64_t>(m));
+        for (int64_t row = placement; row < m; row += m < 64 ? 1 + placement : 2)
+          index[static_cast<size_t>(counts[0] + row)] = 0;
+        compared += CompareWithAlone(RunFfn(experts, sources, counts, index, rows, workspace),
+                                     index, counts[0], counts[0] + m, hidden, alone);
+      }
+    }
+  }
+  std::printf("%ld values compared\n", compared);
+  EXPECT_GT(compared, 100'000'000);
+}
+
+TEST_F(ExpertFfnTest, ChunksOfABatchAgree) {
+  const Experts experts(1, 7168, 2048, 9);
+  const Sources sources = WithHostileNeighbours(630, 7168, 10);
+  const ExpertWorkspace workspace = WorkspaceFor(experts, 630);
+  const uint64_t whole = HashOf(RunFfn(experts, sources, {630}, {}, 630, workspace));
+  const CompetingKernel competing;
+  for (const int64_t chunk : {16, 63, 512}) {
+    std::vector<Bf16> joined;
+    for (int64_t begin = 0; begin < 630; begin += chunk) {
+      const int64_t rows = std::min<int64_t>(chunk, 630 - begin);
+      std::vector<int32_t> index(static_cast<size_t>(rows));
+      std::iota(index.begin(), index.end(), static_cast<int32_t>(begin));
+      const std::vector<Bf16> out = RunFfn(experts, sources, {rows}, index, rows, workspace);
+      joined.insert(joined.end(), out.begin(), out.end());
+    }
+    EXPECT_EQ(HashOf(joined), whole) << "chunks of " << chunk;
+  }
+}
+
+TEST_F(ExpertFfnTest, LaunchesBesideACompetingKernelAgree) {
+  const Experts experts(8, 1024, 384, 11);
+  const std::vector<int64_t> counts = {16, 1, 0, 40, 7, 130, 0, 64};
+  const int64_t rows = 258;
+  const Sources sources(rows, 1024, 12);
+  const DeviceBuffer<E4m3> x(sources.codes);
+  const DeviceBuffer<float> x_scales(sources.scales);
+  const DeviceBuffer<int32_t> offsets(Offsets(counts)), index(RandomIndex(rows, rows, 13));
+  DeviceBuffer<Bf16> out(static_cast<size_t>(rows * experts.hidden));
+  const ExpertWorkspace workspace = WorkspaceFor(experts, rows);
+  GroupedFfnParams params;
+  params.table = experts.table.get();
+  params.num_experts = 8;
+  params.row_offsets = offsets.get();
+  params.rows_max = rows;
+  params.x_codes = x.get();
+  params.x_scales = x_scales.get();
+  params.row_index = index.get();
+  params.out = out.get();
+  params.workspace = &workspace;
+  const CompetingKernel competing;
+  uint64_t first = 0;
+  for (int launch = 0; launch < 10'000; ++launch) {
+    ASSERT_STATUS_OK(LaunchExpertFfn(params, nullptr));
+    if (launch % 100 != 0) continue;  // every hundredth is read back, after 99 that overwrote it
+    const uint64_t hash = HashOf(out.Download());
+    if (launch == 0) first = hash;
+    ASSERT_EQ(hash, first) << "launch " << launch;
+    out.Poison();
+  }
+}
+
+TEST_F(ExpertFfnTest, WhatItCannotTakeIsRefusedByName) {
+  GroupedFfnParams params;
+  EXPECT_TRUE(LaunchExpertFfn(params, nullptr).ok()) << "no rows";
+  const Experts experts(1, 256, 128, 14);
+  const ExpertWorkspace workspace = WorkspaceFor(experts, 4);
+  params.rows_max = 5;
+  const auto refused = [&](const char* what) {
+    const absl::Status status = LaunchExpertFfn(params, nullptr);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_NE(status.message().find(what), absl::string_view::npos) << status.message();
+  };
+  refused("table is null");
+  params.table = experts.table.get();
+  refused("workspace is null");
+  params.workspace = &workspace;
+  params.num_experts = 2;
+  refused("num_experts is 2");
+  params.num_experts = 1;
+  refused("rows_max is 5");
+  params.rows_max = 4;
+  refused("row_offsets is null");
+  const absl::Status table = ExpertTable::Create(100, 128, {}).status();
+  EXPECT_NE(table.message().find("hidden"), absl::string_view::npos) << table.message();
+  const absl::Status missing = ExpertTable::Create(256, 128, {ExpertMatrices{}}).status();
+  EXPECT_NE(missing.message().find("expert 0: gate_proj is null"), absl::string_view::npos)
+      << missing.message();
+}
+
+}  // namespace
+}  // namespace moebius::kernels::cuda

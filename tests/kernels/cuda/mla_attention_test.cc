@@ -1,0 +1,358 @@
+// The MLA core against kernels/reference, and the row rule: an output row is a function of its own
+// query, position and cache rows, wherever it stands.
+
+#include "kernels/cuda/mla_attention/mla_attention.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/reference/attention.h"
+#include "tests/kernels/cuda/gpu_test.h"
+
+namespace moebius::kernels::cuda {
+namespace {
+
+constexpr int64_t kRank = kMlaLatentRank, kDim = kMlaLatentDim;
+constexpr float kScale = 0.0721688f;  // 192^-1/2
+
+// Sequences in one paged cache, blocks shuffled; what no position uses is NaN.
+class Cache {
+ public:
+  // `contexts`: positions of each sequence that exist. `seed` decides contents, `order` the blocks.
+  Cache(const std::vector<int64_t>& contexts, uint64_t seed, uint64_t order) {
+    Prng random(order);
+    for (const int64_t context : contexts) {
+      max_blocks_ = std::max(max_blocks_, (context + 63) / 64);
+      num_blocks_ += (context + 63) / 64;
+    }
+    num_blocks_ += 3;  // some that nobody uses
+    std::vector<int32_t> ids(static_cast<size_t>(num_blocks_));
+    std::iota(ids.begin(), ids.end(), 0);
+    for (size_t i = ids.size(); i > 1; --i) std::swap(ids[i - 1], ids[random.Below(i)]);
+    values_.assign(static_cast<size_t>(num_blocks_ * 64 * kDim), ToBf16(NAN));
+    tables_.assign(contexts.size() * static_cast<size_t>(max_blocks_), 0);
+    size_t next = 0;
+    for (size_t sequence = 0; sequence < contexts.size(); ++sequence) {
+      Prng contents(seed + 1000 * sequence);
+      for (int64_t t = 0; t < contexts[sequence]; ++t) {
+        if (t % 64 == 0)
+          tables_[sequence * static_cast<size_t>(max_blocks_) + static_cast<size_t>(t / 64)] =
+              ids[next++];
+        for (int64_t i = 0; i < kDim; ++i) Row(sequence, t)[i] = ToBf16(contents.Unit() * 4 - 2);
+      }
+    }
+  }
+  Bf16* Row(size_t sequence, int64_t t) {
+    const int64_t block =
+        tables_[sequence * static_cast<size_t>(max_blocks_) + static_cast<size_t>(t / 64)];
+    return values_.data() + (block * 64 + t % 64) * kDim;
+  }
+  void Upload() {
+    device_values_ = std::make_unique<DeviceBuffer<Bf16>>(values_);
+    device_tables_ = std::make_unique<DeviceBuffer<int32_t>>(tables_);
+  }
+  void Fill(MlaAttentionCoreParams& params) const {
+    params.cache = device_values_->get();
+    params.num_blocks = num_blocks_;
+    params.block_tables = device_tables_->get();
+    params.max_blocks = max_blocks_;
+  }
+
+ private:
+  int64_t max_blocks_ = 0, num_blocks_ = 0;
+  std::vector<Bf16> values_;
+  std::vector<int32_t> tables_;
+  std::unique_ptr<DeviceBuffer<Bf16>> device_values_;
+  std::unique_ptr<DeviceBuffer<int32_t>> device_tables_;
+};
+
+// [m, heads, 576].
+std::vector<Bf16> RandomQueries(int64_t m, int64_t heads, uint64_t seed) {
+  Prng random(seed);
+  std::vector<Bf16> q(static_cast<size_t>(m * heads * kDim));
+  for (Bf16& v : q) v = ToBf16(random.Unit() * 4 - 2);
+  return q;
+}
+
+// Grows, and is left as earlier launches left it: its contents must not matter.
+std::unique_ptr<DeviceBuffer<uint8_t>> workspace;
+const DeviceBuffer<uint8_t>& Workspace(int64_t bytes) {
+  if (!workspace || static_cast<int64_t>(workspace->count()) < bytes)
+    workspace = std::make_unique<DeviceBuffer<uint8_t>>(static_cast<size_t>(bytes));
+  return *workspace;
+}
+
+std::vector<Bf16> Attend(const Cache& cache, const std::vector<MlaRow>& rows, int64_t heads,
+                         const std::vector<Bf16>& q, int64_t segment_tokens = 0,
+                         bool beside_another = false) {
+  const auto m = static_cast<int64_t>(rows.size());
+  const DeviceBuffer<Bf16> device_q(q);
+  const DeviceBuffer<MlaRow> device_rows(rows);
+  const DeviceBuffer<Bf16> out(static_cast<size_t>(m * heads * kRank));
+  MlaAttentionCoreParams params;
+  params.m = m;
+  params.num_heads = heads;
+  params.q = device_q.get();
+  params.softmax_scale = kScale;
+  params.rows = device_rows.get();
+  cache.Fill(params);
+  for (const MlaRow& row : rows)
+    params.max_context = std::max<int64_t>(params.max_context, row.position + 1);
+  params.out = out.get();
+  params.workspace_bytes =
+      MlaAttentionWorkspaceBytesWithSegments(m, heads, params.max_context, segment_tokens);
+  params.workspace = Workspace(params.workspace_bytes).get();
+  std::optional<CompetingKernel> competing;  // only now: allocating would wait for its end
+  if (beside_another) competing.emplace();
+  const absl::Status status = LaunchMlaAttentionWithSegments(params, segment_tokens, nullptr);
+  EXPECT_TRUE(status.ok()) << status.ToString();
+  ExpectCudaOk(cudaStreamSynchronize(nullptr), "MlaAttention");
+  competing.reset();
+  return out.Download();
+}
+
+// kernels/reference for one head: identity projections on both sides leave the core.
+class Reference {
+ public:
+  Reference() : kv_b_(static_cast<size_t>(2 * kRank * kRank)) {
+    for (int64_t i = 0; i < kRank; ++i) {
+      kv_b_[static_cast<size_t>(i * kRank + i)] = 1;
+      kv_b_[static_cast<size_t>((kRank + i) * kRank + i)] = 1;
+    }
+  }
+  std::vector<float> Head(Cache& cache, const MlaRow& row, const Bf16* q) const {
+    MlaDims dims;
+    dims.num_heads = 1;
+    dims.qk_nope_head_dim = dims.v_head_dim = dims.kv_lora_rank = kRank;
+    dims.qk_rope_head_dim = kDim - kRank;
+    std::vector<float> query(kDim), out(kRank);
+    for (int64_t i = 0; i < kDim; ++i) query[static_cast<size_t>(i)] = ToFloat(q[i]);
+    std::vector<float> latents(static_cast<size_t>((row.position + 1) * kDim));
+    std::vector<const float*> pointers;
+    for (int64_t t = 0; t <= row.position; ++t) {
+      float* const latent = latents.data() + t * kDim;
+      const Bf16* const from = cache.Row(static_cast<size_t>(row.sequence), t);
+      for (int64_t i = 0; i < kDim; ++i) latent[i] = ToFloat(from[i]);
+      pointers.push_back(latent);
+    }
+    reference::MlaAttentionRow(dims, query, kv_b_, kScale, pointers, reference::Rounding::kServing,
+                               absl::MakeSpan(out));
+    return out;
+  }
+
+ private:
+  std::vector<float> kv_b_;
+};
+
+class MlaAttentionTest : public GpuTest {
+ protected:
+  static void TearDownTestSuite() { workspace.reset(); }  // checks its guards
+};
+
+TEST_F(MlaAttentionTest, AgreesWithTheReference) {
+  const Reference reference;
+  for (const int64_t heads : {1, 16, 64, 100, 128}) {
+    const std::vector<int64_t> contexts = {1,    63,   64,   65,   127,  128, 513,
+                                           1025, 2047, 2048, 2049, 5000, 6145};
+    Cache cache(contexts, 1, 2 + static_cast<uint64_t>(heads));
+    cache.Upload();
+    std::vector<MlaRow> rows;
+    for (size_t i = 0; i < contexts.size(); ++i)
+      rows.push_back({static_cast<int32_t>(contexts[i] - 1), static_cast<int32_t>(i)});
+    const auto m = static_cast<int64_t>(rows.size());
+    const std::vector<Bf16> q = RandomQueries(m, heads, 3);
+    const std::vector<Bf16> out = Attend(cache, rows, heads, q);
+    std::vector<float> all_found, all_expected;
+    double worst = 0;
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t head = 0; head < heads; head += 37) {
+        const int64_t at = row * heads + head;
+        const std::vector<float> expected =
+            reference.Head(cache, rows[static_cast<size_t>(row)], q.data() + at * kDim);
+        std::vector<float> found;
+        for (int64_t i = 0; i < kRank; ++i)
+          found.push_back(ToFloat(out[static_cast<size_t>(at * kRank + i)]));
+        const double difference = RelativeDifference(found, expected);
+        worst = difference <= worst ? worst : difference;  // NaN stays
+        // Probabilities in BF16 alone give a single head up to 4e-6 where few positions have most
+        // of the weight; the bound of the reference sheet is for a whole output.
+        EXPECT_LT(difference, 1e-5) << heads << " heads, head " << head << ", context "
+                                    << contexts[static_cast<size_t>(row)];
+        all_found.insert(all_found.end(), found.begin(), found.end());
+        all_expected.insert(all_expected.end(), expected.begin(), expected.end());
+      }
+    }
+    const double difference = RelativeDifference(all_found, all_expected);
+    std::printf("%3ld heads: difference %.2g, worst head %.2g\n", heads, difference, worst);
+    EXPECT_LT(difference, 5e-6) << heads << " heads";
+  }
+}
+
+uint64_t HashOfRow(const std::vector<Bf16>& out, int64_t heads, int64_t row) {
+  const auto size = static_cast<size_t>(heads * kRank);
+  const auto begin = out.begin() + static_cast<int64_t>(size) * row;
+  return HashOf(std::vector<Bf16>(begin, begin + static_cast<int64_t>(size)));
+}
+
+// The positions 0 .. context - 1 of one sequence, in chunks of `chunk`; a hash for each.
+std::vector<uint64_t> Chunks(const Cache& cache, int64_t first, int64_t context, int64_t heads,
+                             int64_t chunk, const std::vector<Bf16>& q, int64_t segment_tokens) {
+  std::vector<uint64_t> hashes;
+  for (int64_t t0 = first; t0 < context; t0 += chunk) {
+    std::vector<MlaRow> rows;
+    for (int64_t t = t0; t < std::min(context, t0 + chunk); ++t)
+      rows.push_back({static_cast<int32_t>(t), 0});
+    const auto m = static_cast<int64_t>(rows.size());
+    const int64_t size = heads * kDim;
+    const std::vector<Bf16> part(q.begin() + (t0 - first) * size,
+                                 q.begin() + (t0 - first + m) * size);
+    const std::vector<Bf16> out = Attend(cache, rows, heads, part, segment_tokens);
+    for (int64_t row = 0; row < m; ++row) hashes.push_back(HashOfRow(out, heads, row));
+  }
+  return hashes;
+}
+
+TEST_F(MlaAttentionTest, ChunkBordersDoNotReachTheBits) {
+  const int64_t heads = 128, first = 1900, context = 2500;
+  Cache cache({context}, 4, 5);
+  cache.Upload();
+  const std::vector<Bf16> q = RandomQueries(context - first, heads, 6);
+  const std::vector<uint64_t> whole = Chunks(cache, first, context, heads, 600, q, 0);
+  for (const int64_t chunk : {512, 63, 16, 1}) {
+    const std::vector<uint64_t> parts = Chunks(cache, first, context, heads, chunk, q, 0);
+    ASSERT_EQ(parts.size(), whole.size());
+    int64_t different = 0;
+    for (size_t i = 0; i < parts.size(); ++i) different += parts[i] != whole[i];
+    EXPECT_EQ(different, 0) << "chunks of " << chunk;
+  }
+  // A split that follows the batch is noticed.
+  const std::vector<uint64_t> other = Chunks(cache, first, context, heads, 16, q, 512);
+  int64_t different = 0;
+  for (size_t i = 0; i < other.size(); ++i) different += other[i] != whole[i];
+  std::printf("%ld of %zu rows differ with another split\n", different, other.size());
+  EXPECT_GT(different, static_cast<int64_t>(whole.size()) / 2);
+}
+
+TEST_F(MlaAttentionTest, ARowHasTheSameBitsAmongAnyNeighboursAndPages) {
+  for (const int64_t heads : {128, 16}) {
+    const int64_t context = 4500;
+    uint64_t alone = 0;
+    const std::vector<Bf16> mine = RandomQueries(1, heads, 7);
+    for (const int64_t m : {1, 2, 3, 64, 130, 300}) {
+      for (const int64_t place : {int64_t{0}, m / 2, m - 1}) {
+        // Sequence 0 is mine: position `context - 1`, or in the second round one of two queries,
+        // the other one token later, whose key is NaN.
+        std::vector<int64_t> contexts = {context + 1};
+        std::vector<MlaRow> rows;
+        Prng random(static_cast<uint64_t>(m * 1000 + place));
+        std::vector<Bf16> q = RandomQueries(m, heads, static_cast<uint64_t>(m));
+        for (int64_t row = 0; row < m; ++row) {
+          if (row == place) {
+            rows.push_back({static_cast<int32_t>(context - 1), 0});
+            std::copy(mine.begin(), mine.end(), q.begin() + row * heads * kDim);
+          } else if (row == place + 1) {
+            rows.push_back({static_cast<int32_t>(context), 0});
+          } else {
+            if (contexts.size() < 20)
+              contexts.push_back(1 + static_cast<int64_t>(random.Below(300)));
+            const size_t sequence = 1 + random.Below(contexts.size() - 1);
+            rows.push_back(
+                {static_cast<int32_t>(contexts[sequence] - 1), static_cast<int32_t>(sequence)});
+            if (row % 3 == 0)
+              q[static_cast<size_t>(row * heads * kDim + 5)] = ToBf16(row % 2 ? NAN : INFINITY);
+          }
+        }
+        Cache cache(contexts, 8, static_cast<uint64_t>(m + place));
+        for (int i = 0; i < 9; ++i) cache.Row(0, context)[60 * i] = ToBf16(i % 2 ? NAN : -INFINITY);
+        cache.Upload();
+        const std::vector<Bf16> out = Attend(cache, rows, heads, q, 0, m > 1);
+        const uint64_t hash = HashOfRow(out, heads, place);
+        if (m == 1) alone = hash;
+        EXPECT_EQ(hash, alone) << heads << " heads, place " << place << " of " << m;
+        if (m == 1) {
+          for (const Bf16 v : out) ASSERT_TRUE(std::isfinite(ToFloat(v)));
+          break;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
+  const int64_t heads = 128;
+  const std::vector<int64_t> contexts = {3000, 70, 1500, 1024, 2500};
+  Cache cache(contexts, 9, 10);
+  cache.Upload();
+  std::vector<MlaRow> rows;
+  for (size_t i = 0; i < contexts.size(); ++i)
+    rows.push_back({static_cast<int32_t>(contexts[i] - 1), static_cast<int32_t>(i)});
+  const auto m = static_cast<int64_t>(rows.size());
+  const DeviceBuffer<Bf16> q(RandomQueries(m, heads, 11));
+  const DeviceBuffer<MlaRow> device_rows(rows);
+  DeviceBuffer<Bf16> out(static_cast<size_t>(m * heads * kRank));
+  MlaAttentionCoreParams params;
+  params.m = m;
+  params.num_heads = heads;
+  params.q = q.get();
+  params.softmax_scale = kScale;
+  params.rows = device_rows.get();
+  cache.Fill(params);
+  params.max_context = 3000;
+  params.out = out.get();
+  params.workspace_bytes = MlaAttentionWorkspaceBytes(m, heads, params.max_context);
+  params.workspace = Workspace(params.workspace_bytes).get();
+  uint64_t first = 0;
+  const auto launch = [&](int launches) {
+    const auto began = std::chrono::steady_clock::now();
+    for (int i = 0; i < launches; ++i) {
+      ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
+      if (i % 100 != 0) continue;  // every hundredth is read back, after 99 that overwrote it
+      const uint64_t hash = HashOf(out.Download());
+      if (first == 0) first = hash;
+      ASSERT_EQ(hash, first) << "launch " << i;
+      out.Poison();
+    }
+    ExpectCudaOk(cudaStreamSynchronize(nullptr), "MlaAttention");
+    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - began;
+    std::printf("%d launches, %.0f us each\n", launches, took.count() / launches);
+    std::fflush(stdout);
+  };
+  launch(1000);
+  const CompetingKernel competing;
+  for (int i = 0; i < 10; ++i) launch(1000);
+}
+
+TEST_F(MlaAttentionTest, ArgumentsThatItCannotTakeAreRefusedByName) {
+  MlaAttentionCoreParams params;
+  EXPECT_TRUE(LaunchMlaAttention(params, nullptr).ok()) << "no rows";
+  params.m = 1;
+  const auto expect = [&](const char* text) {
+    const absl::Status status = LaunchMlaAttention(params, nullptr);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_NE(status.message().find(text), absl::string_view::npos) << status.ToString();
+  };
+  expect("num_heads is 0");
+  params.num_heads = 129;
+  expect("num_heads is 129");
+  params.num_heads = 128;
+  expect("num_blocks is 0");
+  params.num_blocks = 1;
+  expect("max_context is 0");
+  params.max_context = 65;
+  params.max_blocks = 1;
+  expect("max_blocks is 1");
+  params.max_context = 64;
+  expect("softmax_scale is 0");
+  params.softmax_scale = 1;
+  expect("q is null");
+}
+
+}  // namespace
+}  // namespace moebius::kernels::cuda

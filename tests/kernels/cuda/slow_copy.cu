@@ -1,0 +1,23 @@
+#include "tests/kernels/cuda/slow_copy.h"
+
+#include <cstdint>
+
+namespace moebius::kernels::cuda {
+namespace {
+
+__global__ void SlowCopy(uint8_t* to, const uint8_t* from, size_t bytes) {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const long long began = clock64();
+  while (clock64() - began < 180'000) {
+  }
+  for (size_t i = threadIdx.x; i < bytes; i += blockDim.x) to[i] = from[i];
+}
+
+}  // namespace
+
+void LaunchSlowCopy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  SlowCopy<<<1, 1024, 0, stream>>>(static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from),
+                                   bytes);
+}
+
+}  // namespace moebius::kernels::cuda
