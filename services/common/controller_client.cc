@@ -23,7 +23,7 @@ ControllerClient::ControllerClient(const std::string& address, const ListenOptio
       self_(std::move(self)) {}
 
 std::shared_ptr<v1::Control::Stub> ControllerClient::Connect() const {
-  return v1::Control::NewStub(MakeChannel(address_, credentials_));
+  return v1::Control::NewStub(MakeChannel(address_, credentials_, /*own_connection=*/true));
 }
 
 void ControllerClient::Start() {

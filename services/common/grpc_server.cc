@@ -82,8 +82,8 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
   return running;
 }
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
-                                           const ListenOptions& options) {
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const ListenOptions& options,
+                                           bool own_connection) {
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
   if (options.wants_tls()) {
     const absl::StatusOr<Pem> pem = ReadPem(options);
@@ -99,8 +99,7 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
     }
   }
   grpc::ChannelArguments arguments;
-  // A new channel means a new connection: one that died without a word is not found again.
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  if (own_connection) arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   // Despite its name the time that one attempt may take: a busy or distant peer needs more than the
   // back-off after a refused one.

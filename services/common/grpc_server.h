@@ -46,8 +46,9 @@ absl::StatusOr<RunningServer> StartServer(const ListenOptions& options,
                                           const std::vector<grpc::Service*>& services);
 
 // A channel to a peer under the same credentials. If they are incomplete or cannot be read, every
-// call over it fails; it never falls back to plain text.
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address,
-                                           const ListenOptions& options);
+// call over it fails; it never falls back to plain text. Channels to one address share a connection
+// unless `own_connection`: for whoever must get away from one that died without a word.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const ListenOptions& options,
+                                           bool own_connection = false);
 
 }  // namespace moebius::services
