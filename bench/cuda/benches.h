@@ -19,5 +19,6 @@ void BenchSwiGlu(Report& report);
 void BenchResidual(Report& report);
 void BenchEmbedding(Report& report);
 void BenchRowDigest(Report& report);
+void BenchDequantizeWeight(Report& report);
 
 }  // namespace moebius::bench

@@ -26,6 +26,7 @@ int main(int argc, char** argv) {
       {"residual", BenchResidual},
       {"embedding", BenchEmbedding},
       {"row_digest", BenchRowDigest},
+      {"dequantize_weight", BenchDequantizeWeight},
   };
   std::string json, passed, failed, command = "cuda_bench";
   std::vector<std::string> wanted;

@@ -11,6 +11,7 @@
 #include "base/prng.h"
 #include "bench/cuda/benches.h"
 #include "kernels/cuda/combine/combine.h"
+#include "kernels/cuda/dequantize_weight/dequantize_weight.h"
 #include "kernels/cuda/embedding/embedding.h"
 #include "kernels/cuda/quantize_rows/quantize_rows.h"
 #include "kernels/cuda/residual/residual.h"
@@ -352,6 +353,25 @@ void MeasureDigest(Report& report, int64_t m) {
           });
 }
 
+void MeasureDequantize(Report& report, const char* name, int64_t n, int64_t k) {
+  const int64_t size = n * k, scale_count = Blocks(n) * Blocks(k);
+  const double bytes = 3.0 * static_cast<double>(size) + 4.0 * static_cast<double>(scale_count);
+  const int64_t copies = Copies(bytes);
+  const DeviceArray<E4m3> weight = RandomE4m3(copies * size, 1);
+  const DeviceArray<float> scales = RandomScales(scale_count, 2, 0.01f);
+  const DeviceArray<Bf16> out(copies * size);
+  Measure(report, "dequantize_weight", absl::StrCat(name, " ", n, " x ", k), bytes,
+          [&](int64_t i, cudaStream_t stream) {
+            cuda::DequantizeWeightParams p;
+            p.n = n;
+            p.k = k;
+            p.weight = weight.get() + i * size;
+            p.weight_scales = scales.get();
+            p.out = out.get() + i * size;
+            return cuda::LaunchDequantizeWeight(p, stream);
+          });
+}
+
 }  // namespace
 
 void BenchRmsNorm(Report& report) {
@@ -398,5 +418,7 @@ void BenchEmbedding(Report& report) {
 void BenchRowDigest(Report& report) {
   for (const int64_t m : kRows) MeasureDigest(report, m);
 }
+
+void BenchDequantizeWeight(Report& report) { MeasureDequantize(report, "kv_b", 32768, 512); }
 
 }  // namespace moebius::bench

@@ -24,6 +24,12 @@ struct ExpertRows {
 };
 
 inline constexpr int kCanonicalRowsInFlight = 8;
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// What `offset` is in lane j of the warp.
+__device__ __forceinline__ int64_t OffsetOfLane(int64_t offset, int j) {
+  return __shfl_sync(kAllLanes, static_cast<long long>(offset), j);
+}
 
 // Vector `at` of a token's sum, eight rows in flight at once. kWhole: top_k is a multiple of eight.
 // All lanes of the warp take part; those past the row's end get numbers of no meaning.
@@ -35,6 +41,7 @@ __device__ __forceinline__ RowVector CanonicalSum(const ExpertRows& in, int64_t 
   // Vectors past the end read the last one, slots past the last read that one: loads without
   // conditions are all issued before the first is waited for.
   const int from = kAligned ? min(at, dim - kVectorElements) : at;
+  const int end = kAligned ? from + kVectorElements : dim;
   const int lane = static_cast<int>(threadIdx.x % 32);
 
   float chain[kVectorElements], total[kVectorElements];
@@ -45,38 +52,37 @@ __device__ __forceinline__ RowVector CanonicalSum(const ExpertRows& in, int64_t 
 #pragma unroll
     for (int i = 0; i < kVectorElements; ++i) total[i] = __fadd_rn(total[i], rounded.At(i));
   };
+  uint32_t last_group = 0;
   for (int first = 0; first < in.top_k; first += kInFlight) {
-    const uint16_t* row[kInFlight];
-    float weight[kInFlight];
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-      const int64_t slot = slots + (kWhole ? first + j : min(first + j, in.top_k - 1));
-      row[j] = in.rows != nullptr ? in.rows[slot]
-                                  : in.buffer + static_cast<int64_t>(in.row_index[slot]) * dim;
-      weight[j] = in.weights[slot];
-    }
-    // Lane j looks at slot first + j and the one before it.
-    const int mine = min(first + lane, in.top_k - 1);
-    const uint32_t expert = in.experts[slots + mine];
-    const uint32_t before = in.experts[slots + max(mine - 1, 0)];
+    // Lane j reads what belongs to slot first + j, one load for all eight, and hands it round.
+    const int64_t mine = slots + min(first + lane, in.top_k - 1);
+    // A row's place is an offset from `buffer` (with `rows`, from null): the compiler then knows
+    // that it is device memory, for which loads are shorter.
+    const int64_t my_row = in.rows != nullptr ? in.rows[mine] - in.buffer
+                                              : static_cast<int64_t>(in.row_index[mine]) * dim;
+    const float my_weight = in.weights[mine];
+    const uint32_t group = in.experts[mine] / in.experts_per_group;
     RowVector x[kInFlight];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) x[j] = LoadVector<kAligned>(row[j], from, dim);
+    for (int j = 0; j < kInFlight; ++j)
+      x[j] = LoadVector<kAligned>(in.buffer + OffsetOfLane(my_row, j), from, end);
+    uint32_t before = __shfl_up_sync(kAllLanes, group, 1);
+    if (lane == 0) before = last_group;
+    last_group = __shfl_sync(kAllLanes, group, kInFlight - 1);
     // Bit j: slot first + j is the first of its group.
-    const bool begins =
-        (expert / in.experts_per_group != before / in.experts_per_group) | (mine == 0);
-    const uint32_t starts = __ballot_sync(0xffffffffu, begins);
+    const uint32_t starts = __ballot_sync(kAllLanes, group != before || (first == 0 && lane == 0));
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       if (!kWhole && first + j >= in.top_k) continue;
+      const float weight = __shfl_sync(kAllLanes, my_weight, j);
       if (starts >> j & 1) {
         if (first + j > 0) end_group();
 #pragma unroll
-        for (int i = 0; i < kVectorElements; ++i) chain[i] = __fmul_rn(weight[j], x[j].At(i));
+        for (int i = 0; i < kVectorElements; ++i) chain[i] = __fmul_rn(weight, x[j].At(i));
       } else {
 #pragma unroll
         for (int i = 0; i < kVectorElements; ++i)
-          chain[i] = __fmaf_rn(weight[j], x[j].At(i), chain[i]);
+          chain[i] = __fmaf_rn(weight, x[j].At(i), chain[i]);
       }
     }
   }

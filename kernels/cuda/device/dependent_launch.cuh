@@ -18,6 +18,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include "base/status_macros.h"
 #include "kernels/cuda/device/status.h"
 
 namespace moebius::kernels::cuda {
@@ -29,19 +30,57 @@ __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// How a kernel is launched, besides its arguments.
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads = 0;     // a CTA
+  size_t shared_bytes = 0;  // dynamic shared memory of a CTA; the kernel's limit is raised to it
+  dim3 cluster = dim3(1, 1, 1);  // CTAs; divides the grid
+  // Under the contract above. false: the kernel starts once all in front of it have ended.
+  bool early_start = true;
+};
+
+template <typename... Params, typename... Arguments>
+absl::Status LaunchKernel(absl::string_view name, void (*kernel)(Params...),
+                          const LaunchShape& shape, cudaStream_t stream,
+                          const Arguments&... arguments) {
+  constexpr size_t kDefaultLimit = 48 << 10;  // of dynamic shared memory
+  constexpr unsigned kPortableCluster = 8;
+  if (shape.shared_bytes > kDefaultLimit) {
+    RETURN_IF_ERROR(
+        ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 name));
+  }
+  const unsigned ctas = shape.cluster.x * shape.cluster.y * shape.cluster.z;
+  if (ctas > kPortableCluster) {
+    RETURN_IF_ERROR(ToStatus(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (shape.early_start) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (ctas > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
+  }
+  return ToStatus(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
 template <typename Params>
 absl::Status LaunchDependent(absl::string_view name, void (*kernel)(Params), dim3 grid,
                              unsigned threads, cudaStream_t stream, const Params& params) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, params), name);
+  return LaunchKernel(name, kernel, {grid, threads}, stream, params);
 }
 
 }  // namespace moebius::kernels::cuda

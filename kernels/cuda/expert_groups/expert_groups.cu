@@ -1,6 +1,6 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
-#include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/expert_groups/expert_groups.h"
 
 namespace moebius::kernels::cuda {
@@ -23,18 +23,22 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int chunk = 32 * kUnroll;
   const int stretch = ((pairs + kWarps - 1) / kWarps + chunk - 1) / chunk * chunk;
   const int begin = min(pairs, warp * stretch), end = min(pairs, begin + stretch);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  // The next kernel's CTAs would be in the way of this one's if there are many.
-  if (kWarps <= 8) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-
-  int lower = 0, own = 0;
-  for (int base = begin; base < end; base += chunk) {
-    uint32_t id[kUnroll];
+  // The ids of pairs base + 32 u + lane; past the end of the stretch, none.
+  const auto load = [&](int base, uint32_t(&id)[kUnroll]) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + 32 * u + lane;
       id[u] = i < end ? experts[i] : kNone;
     }
+  };
+  WaitForPrecedingKernel();
+  // The next kernel's CTAs would be in the way of this one's if there are many.
+  if (kWarps <= 8) LetNextKernelStart();
+
+  int lower = 0, own = 0;
+  for (int base = begin; base < end; base += chunk) {
+    uint32_t id[kUnroll];
+    load(base, id);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       lower += id[u] < expert;
@@ -65,11 +69,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   for (int base = begin; base < end; base += chunk) {
     uint32_t id[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = base + 32 * u + lane;
-      id[u] = i < end ? experts[i] : kNone;
-    }
+    load(base, id);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const uint32_t holders = __ballot_sync(kAllLanes, id[u] == expert);
@@ -104,21 +104,12 @@ absl::Status Validate(const ExpertGroupsParams& p) {
 
 template <int kWarps, int kUnroll>
 absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(p.num_experts));
-  config.blockDim = dim3(32 * kWarps);
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, ExpertGroups<kWarps, kUnroll>,
-                                     reinterpret_cast<const uint32_t*>(p.experts),
-                                     static_cast<int>(p.m * p.top_k), static_cast<int>(p.top_k),
-                                     static_cast<int>(p.num_experts), p.expert_offsets, p.row_index,
-                                     p.packed_rows),
-                  "ExpertGroups");
+  return LaunchKernel("ExpertGroups", ExpertGroups<kWarps, kUnroll>,
+                      {.grid = static_cast<unsigned>(p.num_experts), .threads = 32 * kWarps},
+                      stream, reinterpret_cast<const uint32_t*>(p.experts),
+                      static_cast<int>(p.m * p.top_k), static_cast<int>(p.top_k),
+                      static_cast<int>(p.num_experts), p.expert_offsets, p.row_index,
+                      p.packed_rows);
 }
 
 }  // namespace

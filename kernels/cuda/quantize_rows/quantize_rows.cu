@@ -59,6 +59,24 @@ __global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args
   }
 }
 
+// Codes [at, at + 16) of a row at `to`. kAligned: dim is a multiple of 8.
+template <bool kAligned>
+__device__ __forceinline__ void StoreCodePair(uint4 codes, uint8_t* to, int at, int dim) {
+  const uintptr_t misaligned = reinterpret_cast<uintptr_t>(to);
+  if (kAligned && (misaligned | dim) % 16 == 0) {
+    if (at < dim) *reinterpret_cast<uint4*>(to + at) = codes;
+  } else if (kAligned && misaligned % 8 == 0) {
+    StoreCodes<true>(make_uint2(codes.x, codes.y), to, at, dim);
+    StoreCodes<true>(make_uint2(codes.z, codes.w), to, at + kVectorElements, dim);
+  } else {
+    StoreCodes<false>(make_uint2(codes.x, codes.y), to, at, dim);
+    StoreCodes<false>(make_uint2(codes.z, codes.w), to, at + kVectorElements, dim);
+  }
+}
+
+// Two neighbouring lanes share their codes: the even one writes both vectors to every other place,
+// the odd one to the rest, 16 bytes at a time. Of the 16 lanes that hold a block, the first eight
+// write its scale to a place each.
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args) {
   WaitForPrecedingKernel();
@@ -68,34 +86,34 @@ __global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args
   const RowVector x = LoadVector<kAligned>(rows.x + row * rows.x_stride, at, rows.dim);
   const int begin = args.copy_begin[row], end = args.copy_begin[row + 1];
   if (begin == end) return;
+  const int odd = static_cast<int>(threadIdx.x) % 2;
+  const int block_lane = static_cast<int>(threadIdx.x) % kBlockLanes;
   // The first places are read while the row is on its way; past the last, the last again.
-  RowCopy copies[kCopiesAtOnce];
+  uint8_t* to[kCopiesAtOnce / 2];
+  float* scales_to;
   const auto read_copies = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < kCopiesAtOnce; ++i) {
-      const ulonglong2 pointers =
-          *reinterpret_cast<const ulonglong2*>(args.copies + min(first + i, end - 1));
-      copies[i].codes = reinterpret_cast<E4m3*>(pointers.x);
-      copies[i].scales = reinterpret_cast<float*>(pointers.y);
+    for (int i = 0; i < kCopiesAtOnce / 2; ++i) {
+      to[i] = reinterpret_cast<uint8_t*>(args.copies[min(first + 2 * i + odd, end - 1)].codes);
     }
+    scales_to = args.copies[min(first + block_lane, end - 1)].scales;
   };
   read_copies(begin);
   const BlockScale s = ScaleOfBlock(LargestOfBlock(x), rows.power_of_two);
-  const uint2 codes = CodesOfVector(x, s);
-  const bool leads = threadIdx.x % kBlockLanes == 0 && at < rows.dim;
+  const uint2 mine = CodesOfVector(x, s);
+  const uint2 other =
+      make_uint2(__shfl_xor_sync(0xffffffffu, mine.x, 1), __shfl_xor_sync(0xffffffffu, mine.y, 1));
+  const uint4 codes = odd == 0 ? make_uint4(mine.x, mine.y, other.x, other.y)
+                               : make_uint4(other.x, other.y, mine.x, mine.y);
+  const int pair_at = at - odd * kVectorElements, block = at / 128;
+  const bool writes_scale = block_lane < kCopiesAtOnce && block * 128 < rows.dim;
   LetNextKernelStart();
   for (int first = begin;;) {
 #pragma unroll
-    for (int i = 0; i < kCopiesAtOnce; ++i) {
-      if (first + i >= end) break;
-      uint8_t* const to = reinterpret_cast<uint8_t*>(copies[i].codes);
-      if (kAligned && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-        StoreCodes<true>(codes, to, at, rows.dim);
-      } else {
-        StoreCodes<false>(codes, to, at, rows.dim);
-      }
-      if (leads) copies[i].scales[at / 128] = s.scale;
+    for (int i = 0; i < kCopiesAtOnce / 2; ++i) {
+      if (first + 2 * i + odd < end) StoreCodePair<kAligned>(codes, to[i], pair_at, rows.dim);
     }
+    if (writes_scale && first + block_lane < end) scales_to[block] = s.scale;
     first += kCopiesAtOnce;
     if (first >= end) break;
     read_copies(first);

@@ -128,15 +128,17 @@ TEST_F(CombineTest, BitsAreThoseOfTheReference) {
 }
 
 TEST_F(CombineTest, TheResidualDoesNotChangeTheSumNorNeedIt) {
-  const Shape s{21, 1040, 8, 256, 32};
-  const RowPool pool(s.dim, 1), shared(s.dim, 2), h(s.dim, 3);
-  const Tokens tokens(s, 5);
-  const Result both = Compute(s, tokens, pool, shared, h, 0, Source::kIndex, true);
-  const Result alone = Compute(s, tokens, pool, shared, h, 0, Source::kIndex, false);
-  const Result h_only = Compute(s, tokens, pool, shared, h, 0, Source::kIndex, true, false);
-  EXPECT_EQ(HashOf(both.routed), HashOf(alone.routed));
-  EXPECT_EQ(HashOf(both.h), HashOf(h_only.h));
-  EXPECT_EQ(HashOf(alone.h), HashOf(h.Batch(s.m, 0))) << "without shared h is left alone";
+  for (const Shape s :
+       {Shape{21, 1040, 8, 256, 32}, Shape{21, 1040, 5, 256, 32}, Shape{21, 777, 8, 256, 32}}) {
+    const RowPool pool(s.dim, 1), shared(s.dim, 2), h(s.dim, 3);
+    const Tokens tokens(s, 5);
+    const Result both = Compute(s, tokens, pool, shared, h, 0, Source::kIndex, true);
+    const Result alone = Compute(s, tokens, pool, shared, h, 0, Source::kIndex, false);
+    const Result h_only = Compute(s, tokens, pool, shared, h, 0, Source::kIndex, true, false);
+    EXPECT_EQ(HashOf(both.routed), HashOf(alone.routed)) << s.top_k << " of " << s.dim;
+    EXPECT_EQ(HashOf(both.h), HashOf(h_only.h)) << s.top_k << " of " << s.dim;
+    EXPECT_EQ(HashOf(alone.h), HashOf(h.Batch(s.m, 0))) << "without shared h is left alone";
+  }
 }
 
 TEST_F(CombineTest, ATokenHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {

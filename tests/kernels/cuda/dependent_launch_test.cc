@@ -1,6 +1,6 @@
 // Kernels that start before the one in front of them has ended (device/dependent_launch.cuh): a
 // chain in which each reads and overwrites what the last wrote gives the same bits as one that
-// waits after every launch.
+// waits after every launch. And kernels have the launch that they were given.
 
 #include "kernels/cuda/combine/combine.h"
 #include "kernels/cuda/residual/residual.h"
@@ -8,19 +8,20 @@
 #include "kernels/cuda/row_digest/row_digest.h"
 #include "kernels/cuda/swiglu/swiglu.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/launch_probe.h"
 #include "tests/kernels/cuda/row_rule.h"
+#include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
 namespace {
 
 constexpr int64_t kDim = 1024;
-constexpr int kRounds = 100;
 
 class DependentLaunchTest : public GpuTest {
  protected:
   // A round: norm, SwiGLU of its halves, combine of rows that were just written, residual, digest.
-  // Returns the digests after kRounds of them. `wait`: after every launch.
-  std::vector<uint64_t> Chain(int64_t m, bool wait) {
+  // Returns the digests after `rounds` of them. `wait`: after every launch.
+  std::vector<uint64_t> Chain(int64_t m, int rounds, bool wait) {
     Prng random(1);
     const auto elements = static_cast<size_t>(m * kDim);
     const DeviceBuffer<Bf16> h(RandomBf16(random, elements)), normed(elements), halves(elements),
@@ -76,7 +77,7 @@ class DependentLaunchTest : public GpuTest {
       EXPECT_TRUE(status.ok()) << status.ToString();
       if (wait) ExpectCudaOk(cudaStreamSynchronize(stream), "wait");
     };
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       expect_ok(LaunchRmsNorm(norm, stream));
       expect_ok(LaunchSwiGlu(swiglu, stream));
       expect_ok(LaunchCombine(combine, stream));
@@ -95,11 +96,56 @@ class DependentLaunchTest : public GpuTest {
   }
 };
 
-TEST_F(DependentLaunchTest, AChainThatOverlapsGivesTheBitsOfOneThatWaits) {
+TEST_F(DependentLaunchTest, AShortChainThatOverlapsGivesTheBitsOfOneThatWaits) {
+  for (const int64_t m : {1, 3, 41}) EXPECT_EQ(Chain(m, 4, false), Chain(m, 4, true)) << m;
+}
+
+TEST_F(DependentLaunchTest, AKernelHasTheSharedMemoryAndClusterThatItWasLaunchedWith) {
+  const DeviceBuffer<uint32_t> word(std::vector<uint32_t>{7});
+  struct Case {
+    dim3 grid, cluster;
+    size_t shared_bytes;
+  };
+  for (const Case& c :
+       {Case{dim3(5), dim3(1), 4}, Case{dim3(2, 3), dim3(1), 200'000},
+        Case{dim3(4, 1, 3), dim3(2, 1, 3), 48 << 10}, Case{dim3(32), dim3(16), 64}}) {
+    for (const bool early_start : {false, true}) {
+      const DeviceBuffer<LaunchRecord> record(1);
+      ASSERT_STATUS_OK(LaunchProbe(c.grid, c.shared_bytes, c.cluster, early_start, word.get(),
+                                   record.get(), nullptr));
+      const LaunchRecord found = record.Download()[0];
+      EXPECT_EQ(found.shared_bytes, c.shared_bytes);
+      EXPECT_EQ(found.cluster[0], c.cluster.x);
+      EXPECT_EQ(found.cluster[1], c.cluster.y);
+      EXPECT_EQ(found.cluster[2], c.cluster.z);
+      EXPECT_EQ(found.grid[0], c.grid.x);
+      EXPECT_EQ(found.grid[1], c.grid.y);
+      EXPECT_EQ(found.grid[2], c.grid.z);
+      EXPECT_EQ(found.seen, 7u);
+    }
+  }
+}
+
+// By what the second of two reads without waiting: before the first has written it, or after.
+TEST_F(DependentLaunchTest, LaunchesStartEarlyOnlyIfTheyMay) {
+  const DeviceBuffer<uint32_t> from(std::vector<uint32_t>{8});
+  DeviceBuffer<uint32_t> to(1);
+  for (const bool early_start : {false, true}) {
+    to.Upload({9});
+    const DeviceBuffer<LaunchRecord> record(1);
+    LaunchSlowCopy(to.get(), from.get(), sizeof(uint32_t), nullptr);
+    ASSERT_STATUS_OK(
+        LaunchProbe(dim3(1), 4, dim3(1), early_start, to.get(), record.get(), nullptr));
+    EXPECT_EQ(record.Download()[0].seen, early_start ? 9u : 8u);
+  }
+}
+
+TEST_F(DependentLaunchTest, LaunchesThatOverlapBesideACompetingKernelGiveTheBitsOfThoseThatWait) {
   for (const int64_t m : {1, 40, 700}) {
-    const std::vector<uint64_t> waited = Chain(m, true);
+    const std::vector<uint64_t> waited = Chain(m, 100, true);
     const CompetingKernel competing;
-    for (int repeat = 0; repeat < 9; ++repeat) ASSERT_EQ(Chain(m, false), waited) << "m = " << m;
+    for (int repeat = 0; repeat < 9; ++repeat)
+      ASSERT_EQ(Chain(m, 100, false), waited) << "m = " << m;
   }
 }
 

@@ -119,13 +119,14 @@ TEST_F(QuantizeRowsTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
 }
 
 TEST_F(QuantizeRowsTest, DispatchPutsEveryRowInEachOfItsPlacesAndNowhereElse) {
-  for (const int64_t dim : {7168, 1040, 333}) {
+  for (const int64_t dim : {7168, 1040, 1032, 333}) {
     const int64_t m = 131, blocks = CeilDiv(dim, 128);
     const int num_targets = 19;
     const RowPool pool(dim, 5);
     const Expected expected(pool, true);
     const DeviceBuffer<Bf16> x(pool.Batch(m, 0));
-    // Frames with a header between rows; one is not aligned to 8 bytes.
+    // Frames with a header between rows, so that every other row of codes is aligned to 8 bytes
+    // only; one frame is not aligned to 8 bytes.
     const int64_t code_stride = dim + 24, scale_stride = blocks + 3;
     std::vector<std::unique_ptr<DeviceBuffer<E4m3>>> codes;
     std::vector<std::unique_ptr<DeviceBuffer<float>>> scales;

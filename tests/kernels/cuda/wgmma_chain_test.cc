@@ -131,6 +131,14 @@ TEST_F(WgmmaChainTest, BitsOfBf16DependNotOnTheOrderOfTheOperandsInMemory) {
   chains.ExpectOneArithmetic({ChainForm::kTransposedA, ChainForm::kTransposedB}, 8);
 }
 
+// The same at a size that a sanitizer gets through.
+TEST_F(WgmmaChainTest, FiveTilesOfEveryFormAndWidthAreOneArithmetic) {
+  Chains(ChainType::kE4m3, 5, 256).ExpectOneArithmetic(kForms, 8);
+  Chains bf16(ChainType::kBf16, 5, 2 * 128);
+  bf16.ExpectOneArithmetic(kForms, 8);
+  bf16.ExpectOneArithmetic({ChainForm::kTransposedA, ChainForm::kTransposedB}, 8);
+}
+
 TEST_F(WgmmaChainTest, ChainsAgreeWithExactSums) {
   // Tiles of kinds 0 to 3 have no NaN. The tensor cores align the products of a step and the
   // accumulator to the largest of them and keep some bits below it, as others have measured of
