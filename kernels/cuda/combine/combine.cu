@@ -19,14 +19,14 @@ struct Args {
   uint16_t* out;
   const uint16_t* shared;
   uint16_t* h;
+  bool few_blocks;
 };
 
 // Block (token, i) sums 1,024 neighbouring elements, 8 a thread.
 template <bool kAligned, bool kWhole, bool kResidual>
 __global__ void __launch_bounds__(kThreads, !kAligned   ? 1
-                                            : kResidual ? 6
-                                                        : 7) Combine(const Args args) {
-  LetNextKernelStart();
+                                            : kResidual ? 7
+                                                        : 8) Combine(const Args args) {
   WaitForPrecedingKernel();
   const int64_t token = blockIdx.x;
   const int64_t dense = token * args.dim;
@@ -36,7 +36,14 @@ __global__ void __launch_bounds__(kThreads, !kAligned   ? 1
     shared = LoadVector<kAligned>(args.shared + dense, at, args.dim);
     h = LoadVector<kAligned>(args.h + dense, at, args.dim);
   }
-  const RowVector routed = CanonicalSum<kAligned, kWhole>(args.in, token, at, args.dim);
+  // Few blocks leave room for the next kernel's on every multiprocessor. Where there are many, its
+  // blocks would crowd on those that come free first.
+  const auto loads_issued = [&] {
+    if (args.few_blocks) LetNextKernelStart();
+  };
+  const RowVector routed =
+      CanonicalSum<kAligned, kWhole>(args.in, token, at, args.dim, loads_issued);
+  if (!args.few_blocks) LetNextKernelStartAfter(routed.pair[0]);
   if (args.out != nullptr) StoreVector<kAligned>(routed, args.out + dense, at, args.dim);
   if constexpr (kResidual) {
     StoreVector<kAligned>(AddVectors(h, AddVectors(routed, shared)), args.h + dense, at, args.dim);
@@ -93,12 +100,16 @@ bool Aligned(const CombineParams& p) {
 absl::Status LaunchCombine(const CombineParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(Validate(p));
-  const Args args{ToExpertRows(p), static_cast<int>(p.dim), reinterpret_cast<uint16_t*>(p.out),
-                  reinterpret_cast<const uint16_t*>(p.shared), reinterpret_cast<uint16_t*>(p.h)};
   const bool aligned = Aligned(p);
   constexpr int kBlockElements = kThreads * kVectorElements;
   const dim3 grid(static_cast<unsigned>(p.m),
                   static_cast<unsigned>((p.dim + kBlockElements - 1) / kBlockElements));
+  const Args args{ToExpertRows(p),
+                  static_cast<int>(p.dim),
+                  reinterpret_cast<uint16_t*>(p.out),
+                  reinterpret_cast<const uint16_t*>(p.shared),
+                  reinterpret_cast<uint16_t*>(p.h),
+                  p.m * grid.y <= MultiprocessorCount()};
   const bool whole = p.top_k % kCanonicalRowsInFlight == 0;
   const auto kernel =
       p.shared != nullptr ? Select<true>(aligned, whole) : Select<false>(aligned, whole);

@@ -26,16 +26,12 @@ struct ExpertRows {
 inline constexpr int kCanonicalRowsInFlight = 8;
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// What `offset` is in lane j of the warp.
-__device__ __forceinline__ int64_t OffsetOfLane(int64_t offset, int j) {
-  return __shfl_sync(kAllLanes, static_cast<long long>(offset), j);
-}
-
 // Vector `at` of a token's sum, eight rows in flight at once. kWhole: top_k is a multiple of eight.
 // All lanes of the warp take part; those past the row's end get numbers of no meaning.
-template <bool kAligned, bool kWhole>
+// `loads_issued` is called once eight rows are on their way.
+template <bool kAligned, bool kWhole, typename Called>
 __device__ __forceinline__ RowVector CanonicalSum(const ExpertRows& in, int64_t token, int at,
-                                                  int dim) {
+                                                  int dim, const Called& loads_issued) {
   constexpr int kInFlight = kCanonicalRowsInFlight;
   const int64_t slots = token * in.top_k;
   // Vectors past the end read the last one, slots past the last read that one: loads without
@@ -48,29 +44,43 @@ __device__ __forceinline__ RowVector CanonicalSum(const ExpertRows& in, int64_t 
 #pragma unroll
   for (int i = 0; i < kVectorElements; ++i) chain[i] = total[i] = 0.0f;
   const auto end_group = [&] {
-    const RowVector rounded = RoundVector(chain);
+    // Whichever NaN the conversion makes, the sum makes its own.
+    RowVector rounded;
+#pragma unroll
+    for (int i = 0; i < kVectorElements / 2; ++i)
+      rounded.pair[i] = RoundNumbersToBf16Pair(chain[2 * i], chain[2 * i + 1]);
 #pragma unroll
     for (int i = 0; i < kVectorElements; ++i) total[i] = __fadd_rn(total[i], rounded.At(i));
   };
-  uint32_t last_group = 0;
+  uint32_t last_group = ~0u;  // no group before the first
   for (int first = 0; first < in.top_k; first += kInFlight) {
     // Lane j reads what belongs to slot first + j, one load for all eight, and hands it round.
     const int64_t mine = slots + min(first + lane, in.top_k - 1);
-    // A row's place is an offset from `buffer` (with `rows`, from null): the compiler then knows
-    // that it is device memory, for which loads are shorter.
-    const int64_t my_row = in.rows != nullptr ? in.rows[mine] - in.buffer
-                                              : static_cast<int64_t>(in.row_index[mine]) * dim;
+    const uint32_t expert = in.experts[mine];
     const float my_weight = in.weights[mine];
-    const uint32_t group = in.experts[mine] / in.experts_per_group;
     RowVector x[kInFlight];
+    if (in.rows == nullptr) {
+      const int32_t my_row = in.row_index[mine];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j)
-      x[j] = LoadVector<kAligned>(in.buffer + OffsetOfLane(my_row, j), from, end);
+      for (int j = 0; j < kInFlight; ++j) {
+        const int64_t row = __shfl_sync(kAllLanes, my_row, j);
+        x[j] = LoadVector<kAligned>(in.buffer + row * dim, from, end);
+      }
+    } else {
+      const auto my_row = reinterpret_cast<unsigned long long>(in.rows[mine]);
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        const unsigned long long row = __shfl_sync(kAllLanes, my_row, j);
+        x[j] = LoadVector<kAligned>(reinterpret_cast<const uint16_t*>(row), from, end);
+      }
+    }
+    loads_issued();
+    const uint32_t group = expert / in.experts_per_group;
     uint32_t before = __shfl_up_sync(kAllLanes, group, 1);
     if (lane == 0) before = last_group;
     last_group = __shfl_sync(kAllLanes, group, kInFlight - 1);
     // Bit j: slot first + j is the first of its group.
-    const uint32_t starts = __ballot_sync(kAllLanes, group != before || (first == 0 && lane == 0));
+    const uint32_t starts = __ballot_sync(kAllLanes, group != before);
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       if (!kWhole && first + j >= in.top_k) continue;

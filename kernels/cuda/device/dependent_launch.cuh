@@ -16,6 +16,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "base/status_macros.h"
@@ -28,6 +30,12 @@ __device__ __forceinline__ void WaitForPrecedingKernel() {
 }
 __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// The same, but not before `value` is there: the compiler may move arithmetic across the other.
+__device__ __forceinline__ void LetNextKernelStartAfter(uint32_t value) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmov.b32 there, %0;\ngriddepcontrol.launch_dependents;\n}" ::"r"(value)
+      : "memory");
 }
 
 // How a kernel is launched, besides its arguments.

@@ -1,5 +1,7 @@
 #include "kernels/cuda/quantize_rows/quantize_rows.h"
 
+#include <algorithm>
+
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/dependent_launch.cuh"
@@ -13,6 +15,7 @@ constexpr int kThreads = 128;
 constexpr int kBlockElements = kThreads * kVectorElements;
 constexpr int kCopiesAtOnce = 8;
 constexpr int64_t kMaxDim = int64_t{1} << 20;
+constexpr unsigned kGridRows = 65535;  // the most that a grid's y may be
 
 struct Rows {
   int m, dim;
@@ -59,18 +62,16 @@ __global__ void __launch_bounds__(kThreads) QuantizeRows(const QuantizeArgs args
   }
 }
 
-// Codes [at, at + 16) of a row at `to`. kAligned: dim is a multiple of 8.
-template <bool kAligned>
-__device__ __forceinline__ void StoreCodePair(uint4 codes, uint8_t* to, int at, int dim) {
-  const uintptr_t misaligned = reinterpret_cast<uintptr_t>(to);
-  if (kAligned && (misaligned | dim) % 16 == 0) {
-    if (at < dim) *reinterpret_cast<uint4*>(to + at) = codes;
-  } else if (kAligned && misaligned % 8 == 0) {
-    StoreCodes<true>(make_uint2(codes.x, codes.y), to, at, dim);
-    StoreCodes<true>(make_uint2(codes.z, codes.w), to, at + kVectorElements, dim);
+// Codes [at, at + 16) of a row, as two vectors or one by one.
+__device__ __forceinline__ void StorePair(uint4 codes, uint8_t* row, int at, int dim,
+                                          bool by_vector) {
+  const uint2 low = make_uint2(codes.x, codes.y), high = make_uint2(codes.z, codes.w);
+  if (by_vector) {
+    StoreCodes<true>(low, row, at, dim);
+    StoreCodes<true>(high, row, at + kVectorElements, dim);
   } else {
-    StoreCodes<false>(make_uint2(codes.x, codes.y), to, at, dim);
-    StoreCodes<false>(make_uint2(codes.z, codes.w), to, at + kVectorElements, dim);
+    StoreCodes<false>(low, row, at, dim);
+    StoreCodes<false>(high, row, at + kVectorElements, dim);
   }
 }
 
@@ -78,16 +79,21 @@ __device__ __forceinline__ void StoreCodePair(uint4 codes, uint8_t* to, int at, 
 // the odd one to the rest, 16 bytes at a time. Of the 16 lanes that hold a block, the first eight
 // write its scale to a place each.
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args) {
-  WaitForPrecedingKernel();
+__global__ void __launch_bounds__(kThreads, kAligned ? 12 : 1)
+    DispatchRows(const DispatchArgs args) {
   const Rows& rows = args.rows;
-  const int64_t row = blockIdx.x;
-  const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
-  const RowVector x = LoadVector<kAligned>(rows.x + row * rows.x_stride, at, rows.dim);
-  const int begin = args.copy_begin[row], end = args.copy_begin[row + 1];
+  // Blocks of a row are neighbours, so that it is written in one go: DRAM likes long stretches.
+  const int64_t row = blockIdx.z * kGridRows + blockIdx.y;
+  if (row >= rows.m) return;
+  const int at = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * kVectorElements;
+  const int odd = static_cast<int>(threadIdx.x % 2);
+  const int block_lane = static_cast<int>(threadIdx.x % kBlockLanes);
+  const uint16_t* const x_row = rows.x + row * rows.x_stride;
+  const int32_t* const copy_begin = args.copy_begin + row;
+  WaitForPrecedingKernel();
+  const RowVector x = LoadVector<kAligned>(x_row, at, rows.dim);
+  const int begin = copy_begin[0], end = copy_begin[1];
   if (begin == end) return;
-  const int odd = static_cast<int>(threadIdx.x) % 2;
-  const int block_lane = static_cast<int>(threadIdx.x) % kBlockLanes;
   // The first places are read while the row is on its way; past the last, the last again.
   uint8_t* to[kCopiesAtOnce / 2];
   float* scales_to;
@@ -105,15 +111,27 @@ __global__ void __launch_bounds__(kThreads) DispatchRows(const DispatchArgs args
       make_uint2(__shfl_xor_sync(0xffffffffu, mine.x, 1), __shfl_xor_sync(0xffffffffu, mine.y, 1));
   const uint4 codes = odd == 0 ? make_uint4(mine.x, mine.y, other.x, other.y)
                                : make_uint4(other.x, other.y, mine.x, mine.y);
-  const int pair_at = at - odd * kVectorElements, block = at / 128;
-  const bool writes_scale = block_lane < kCopiesAtOnce && block * 128 < rows.dim;
+  const int pair_at = at - odd * kVectorElements, scale_at = at / 128;
+  const bool writes_scale = block_lane < kCopiesAtOnce && scale_at * 128 < rows.dim;
   LetNextKernelStart();
   for (int first = begin;;) {
+    uintptr_t places = static_cast<uintptr_t>(rows.dim);
 #pragma unroll
-    for (int i = 0; i < kCopiesAtOnce / 2; ++i) {
-      if (first + 2 * i + odd < end) StoreCodePair<kAligned>(codes, to[i], pair_at, rows.dim);
+    for (int i = 0; i < kCopiesAtOnce / 2; ++i) places |= reinterpret_cast<uintptr_t>(to[i]);
+    if (kAligned && places % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < kCopiesAtOnce / 2; ++i) {
+        if (first + 2 * i + odd < end && pair_at < rows.dim)
+          *reinterpret_cast<uint4*>(to[i] + pair_at) = codes;
+      }
+    } else {
+      const bool by_vector = kAligned && places % 8 == 0;
+#pragma unroll
+      for (int i = 0; i < kCopiesAtOnce / 2; ++i) {
+        if (first + 2 * i + odd < end) StorePair(codes, to[i], pair_at, rows.dim, by_vector);
+      }
     }
-    if (writes_scale && first + block_lane < end) scales_to[block] = s.scale;
+    if (writes_scale && first + block_lane < end) scales_to[scale_at] = s.scale;
     first += kCopiesAtOnce;
     if (first >= end) break;
     read_copies(first);
@@ -170,7 +188,10 @@ absl::Status LaunchDispatchRows(const DispatchRowsParams& p, cudaStream_t stream
                           p.copy_begin, p.copies};
   const auto kernel =
       VectorsAreAligned(p.x, p.x_stride, p.dim) ? DispatchRows<true> : DispatchRows<false>;
-  return LaunchDependent(kOp, kernel, Grid(p.m, 1, p.dim), kThreads, stream, args);
+  const auto rows = static_cast<unsigned>(p.m);
+  const dim3 grid(static_cast<unsigned>((p.dim + kBlockElements - 1) / kBlockElements),
+                  std::min(rows, kGridRows), (rows + kGridRows - 1) / kGridRows);
+  return LaunchDependent(kOp, kernel, grid, kThreads, stream, args);
 }
 
 }  // namespace moebius::kernels::cuda
