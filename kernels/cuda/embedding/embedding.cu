@@ -12,27 +12,35 @@ constexpr char kOp[] = "Embedding";
 constexpr int kThreads = 128;
 
 struct Args {
-  int vocab, dim;
+  int m, vocab, dim;
   const uint16_t* table;
   const TokenId* ids;
   uint16_t* out;
 };
 
-// Block (row, i) copies 1,024 neighbouring elements, 8 a thread.
-template <bool kAligned>
+// Block (i, j) copies 1,024 neighbouring elements of kRows rows, 8 of each a thread.
+template <int kRows, bool kAligned>
 __global__ void __launch_bounds__(kThreads) Embedding(const Args args) {
   WaitForPrecedingKernel();
-  const int64_t row = blockIdx.x;
+  const int64_t first = int64_t{blockIdx.x} * kRows;
   const int at = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kVectorElements;
-  const TokenId id = args.ids[row];
-  RowVector x;
-  if (id >= 0 && id < args.vocab) {
-    x = LoadVector<kAligned>(args.table + static_cast<int64_t>(id) * args.dim, at, args.dim);
-  } else {
-    for (uint32_t& pair : x.pair) pair = 0x7fc07fc0u;
+  RowVector x[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= args.m) continue;
+    const TokenId id = args.ids[first + r];
+    if (id >= 0 && id < args.vocab) {
+      x[r] = LoadVector<kAligned>(args.table + static_cast<int64_t>(id) * args.dim, at, args.dim);
+    } else {
+      for (uint32_t& pair : x[r].pair) pair = 0x7fc07fc0u;
+    }
   }
   LetNextKernelStart();
-  StoreVector<kAligned>(x, args.out + row * args.dim, at, args.dim);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r < args.m)
+      StoreVector<kAligned>(x[r], args.out + (first + r) * args.dim, at, args.dim);
+  }
 }
 
 }  // namespace
@@ -45,15 +53,23 @@ absl::Status LaunchEmbedding(const EmbeddingParams& p, cudaStream_t stream) {
   RETURN_IF_ERROR(CheckPointer(kOp, "table", p.table, 2));
   RETURN_IF_ERROR(CheckPointer(kOp, "ids", p.ids, 4));
   RETURN_IF_ERROR(CheckPointer(kOp, "out", p.out, 2));
-  const Args args{static_cast<int>(p.vocab), static_cast<int>(p.dim),
-                  reinterpret_cast<const uint16_t*>(p.table), p.ids,
+  const Args args{static_cast<int>(p.m),
+                  static_cast<int>(p.vocab),
+                  static_cast<int>(p.dim),
+                  reinterpret_cast<const uint16_t*>(p.table),
+                  p.ids,
                   reinterpret_cast<uint16_t*>(p.out)};
-  constexpr int kBlockElements = kThreads * kVectorElements;
-  const dim3 grid(static_cast<unsigned>(p.m),
-                  static_cast<unsigned>((p.dim + kBlockElements - 1) / kBlockElements));
   const bool aligned =
       VectorsAreAligned(p.table, p.dim, p.dim) && VectorsAreAligned(p.out, p.dim, p.dim);
-  const auto kernel = aligned ? Embedding<true> : Embedding<false>;
+  // As in quantize_rows: with many rows, more in flight a thread.
+  const bool many = aligned && p.m * p.dim > int64_t{1} << 21;
+  const int64_t rows = many ? 2 : 1;
+  constexpr int kBlockElements = kThreads * kVectorElements;
+  const dim3 grid(static_cast<unsigned>((p.m + rows - 1) / rows),
+                  static_cast<unsigned>((p.dim + kBlockElements - 1) / kBlockElements));
+  const auto kernel = many      ? Embedding<2, true>
+                      : aligned ? Embedding<1, true>
+                                : Embedding<1, false>;
   return LaunchDependent(kOp, kernel, grid, kThreads, stream, args);
 }
 
