@@ -20,7 +20,6 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
-#include "base/status_macros.h"
 #include "kernels/cuda/device/status.h"
 
 namespace moebius::kernels::cuda {
@@ -28,67 +27,32 @@ namespace moebius::kernels::cuda {
 __device__ __forceinline__ void WaitForPrecedingKernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
-__device__ __forceinline__ void LetNextKernelStart() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-// The same, but not before `value` is there: the compiler may move arithmetic across the other.
+// LetNextKernelStart, but not before `value` is there: arithmetic may move across the other.
 __device__ __forceinline__ void LetNextKernelStartAfter(uint32_t value) {
   asm volatile(
       "{\n.reg .b32 there;\nmov.b32 there, %0;\ngriddepcontrol.launch_dependents;\n}" ::"r"(value)
       : "memory");
 }
-
-// How a kernel is launched, besides its arguments.
-struct LaunchShape {
-  dim3 grid;
-  unsigned threads = 0;     // a CTA
-  size_t shared_bytes = 0;  // dynamic shared memory of a CTA; the kernel's limit is raised to it
-  dim3 cluster = dim3(1, 1, 1);  // CTAs; divides the grid
-  // Under the contract above. false: the kernel starts once all in front of it have ended.
-  bool early_start = true;
-};
-
-template <typename... Params, typename... Arguments>
-absl::Status LaunchKernel(absl::string_view name, void (*kernel)(Params...),
-                          const LaunchShape& shape, cudaStream_t stream,
-                          const Arguments&... arguments) {
-  constexpr size_t kDefaultLimit = 48 << 10;  // of dynamic shared memory
-  constexpr unsigned kPortableCluster = 8;
-  if (shape.shared_bytes > kDefaultLimit) {
-    RETURN_IF_ERROR(
-        ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shape.shared_bytes)),
-                 name));
-  }
-  const unsigned ctas = shape.cluster.x * shape.cluster.y * shape.cluster.z;
-  if (ctas > kPortableCluster) {
-    RETURN_IF_ERROR(ToStatus(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name));
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (shape.early_start) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (ctas > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
-  }
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+__device__ __forceinline__ void LetNextKernelStart() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// `shared_bytes` of dynamic shared memory, which the kernel must have been allowed to use.
 template <typename Params>
 absl::Status LaunchDependent(absl::string_view name, void (*kernel)(Params), dim3 grid,
-                             unsigned threads, cudaStream_t stream, const Params& params) {
-  return LaunchKernel(name, kernel, {grid, threads}, stream, params);
+                             unsigned threads, cudaStream_t stream, const Params& params,
+                             size_t shared_bytes = 0) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return ToStatus(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
 }  // namespace moebius::kernels::cuda

@@ -10,25 +10,31 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 // No expert: beyond every id that is counted, and equal to none.
 constexpr uint32_t kNone = 0xffffffffu;
 
+struct Args {
+  const uint32_t* experts;
+  int pairs, top_k, num_experts;
+  int32_t* expert_offsets;
+  int32_t* row_index;
+  int32_t* packed_rows;
+};
+
 // One CTA an expert, each warp a stretch of the pairs. A first pass counts pairs of lower experts
 // (their number is this expert's offset) and of this one; a second pass places the latter.
 // kUnroll: how many pairs a lane loads at once.
 template <int kWarps, int kUnroll>
-__global__ void __launch_bounds__(32 * kWarps)
-    ExpertGroups(const uint32_t* experts, int pairs, int top_k, int num_experts,
-                 int32_t* expert_offsets, int32_t* row_index, int32_t* packed_rows) {
+__global__ void __launch_bounds__(32 * kWarps) ExpertGroups(const Args args) {
   __shared__ int lower_of[kWarps], own_of[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t expert = blockIdx.x;
   const int chunk = 32 * kUnroll;
-  const int stretch = ((pairs + kWarps - 1) / kWarps + chunk - 1) / chunk * chunk;
-  const int begin = min(pairs, warp * stretch), end = min(pairs, begin + stretch);
+  const int stretch = ((args.pairs + kWarps - 1) / kWarps + chunk - 1) / chunk * chunk;
+  const int begin = min(args.pairs, warp * stretch), end = min(args.pairs, begin + stretch);
   // The ids of pairs base + 32 u + lane; past the end of the stretch, none.
   const auto load = [&](int base, uint32_t(&id)[kUnroll]) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + 32 * u + lane;
-      id[u] = i < end ? experts[i] : kNone;
+      id[u] = i < end ? args.experts[i] : kNone;
     }
   };
   WaitForPrecedingKernel();
@@ -61,9 +67,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   at += offset;
   if (threadIdx.x == 0) {
-    expert_offsets[expert] = offset;
-    if (expert + 1 == static_cast<uint32_t>(num_experts))
-      expert_offsets[expert + 1] = offset + total;
+    args.expert_offsets[expert] = offset;
+    if (expert + 1 == static_cast<uint32_t>(args.num_experts))
+      args.expert_offsets[expert + 1] = offset + total;
   }
   if (own == 0) return;
 
@@ -76,8 +82,8 @@ __global__ void __launch_bounds__(32 * kWarps)
       if (id[u] == expert) {
         const int i = base + 32 * u + lane;
         const int row = at + __popc(holders & ((1u << lane) - 1u));
-        row_index[row] = i / top_k;
-        if (packed_rows != nullptr) packed_rows[i] = row;
+        args.row_index[row] = i / args.top_k;
+        if (args.packed_rows != nullptr) args.packed_rows[i] = row;
       }
       at += __popc(holders);
     }
@@ -104,12 +110,15 @@ absl::Status Validate(const ExpertGroupsParams& p) {
 
 template <int kWarps, int kUnroll>
 absl::Status Launch(const ExpertGroupsParams& p, cudaStream_t stream) {
-  return LaunchKernel("ExpertGroups", ExpertGroups<kWarps, kUnroll>,
-                      {.grid = static_cast<unsigned>(p.num_experts), .threads = 32 * kWarps},
-                      stream, reinterpret_cast<const uint32_t*>(p.experts),
-                      static_cast<int>(p.m * p.top_k), static_cast<int>(p.top_k),
-                      static_cast<int>(p.num_experts), p.expert_offsets, p.row_index,
-                      p.packed_rows);
+  const Args args{reinterpret_cast<const uint32_t*>(p.experts),
+                  static_cast<int>(p.m * p.top_k),
+                  p.top_k,
+                  p.num_experts,
+                  p.expert_offsets,
+                  p.row_index,
+                  p.packed_rows};
+  return LaunchDependent("ExpertGroups", ExpertGroups<kWarps, kUnroll>,
+                         dim3(static_cast<unsigned>(p.num_experts)), 32 * kWarps, stream, args);
 }
 
 }  // namespace

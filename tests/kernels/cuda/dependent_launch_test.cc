@@ -102,25 +102,22 @@ TEST_F(DependentLaunchTest, AShortChainThatOverlapsGivesTheBitsOfOneThatWaits) {
 
 TEST_F(DependentLaunchTest, AKernelHasTheSharedMemoryAndClusterThatItWasLaunchedWith) {
   const DeviceBuffer<uint32_t> word(std::vector<uint32_t>{7});
-  struct Case {
-    dim3 grid, cluster;
-    size_t shared_bytes;
-  };
-  for (const Case& c :
-       {Case{dim3(5), dim3(1), 4}, Case{dim3(2, 3), dim3(1), 200'000},
-        Case{dim3(4, 1, 3), dim3(2, 1, 3), 48 << 10}, Case{dim3(32), dim3(16), 64}}) {
-    for (const bool early_start : {false, true}) {
+  for (LaunchShape shape :
+       {LaunchShape{dim3(5), dim3(1), 1, 4}, LaunchShape{dim3(2, 3), dim3(1), 1, 200'000},
+        LaunchShape{dim3(4, 1, 3), dim3(2, 1, 3), 1, 48 << 10},
+        LaunchShape{dim3(32), dim3(8), 1, 64}}) {
+    for (const bool overlaps : {false, true}) {
+      shape.overlaps = overlaps;
       const DeviceBuffer<LaunchRecord> record(1);
-      ASSERT_STATUS_OK(LaunchProbe(c.grid, c.shared_bytes, c.cluster, early_start, word.get(),
-                                   record.get(), nullptr));
+      ASSERT_STATUS_OK(LaunchProbe(shape, word.get(), record.get(), nullptr));
       const LaunchRecord found = record.Download()[0];
-      EXPECT_EQ(found.shared_bytes, c.shared_bytes);
-      EXPECT_EQ(found.cluster[0], c.cluster.x);
-      EXPECT_EQ(found.cluster[1], c.cluster.y);
-      EXPECT_EQ(found.cluster[2], c.cluster.z);
-      EXPECT_EQ(found.grid[0], c.grid.x);
-      EXPECT_EQ(found.grid[1], c.grid.y);
-      EXPECT_EQ(found.grid[2], c.grid.z);
+      EXPECT_EQ(found.shared_bytes, static_cast<uint32_t>(shape.shared_bytes));
+      EXPECT_EQ(found.cluster[0], shape.cluster.x);
+      EXPECT_EQ(found.cluster[1], shape.cluster.y);
+      EXPECT_EQ(found.cluster[2], shape.cluster.z);
+      EXPECT_EQ(found.grid[0], shape.grid.x);
+      EXPECT_EQ(found.grid[1], shape.grid.y);
+      EXPECT_EQ(found.grid[2], shape.grid.z);
       EXPECT_EQ(found.seen, 7u);
     }
   }
@@ -130,13 +127,13 @@ TEST_F(DependentLaunchTest, AKernelHasTheSharedMemoryAndClusterThatItWasLaunched
 TEST_F(DependentLaunchTest, LaunchesStartEarlyOnlyIfTheyMay) {
   const DeviceBuffer<uint32_t> from(std::vector<uint32_t>{8});
   DeviceBuffer<uint32_t> to(1);
-  for (const bool early_start : {false, true}) {
+  for (const bool overlaps : {false, true}) {
     to.Upload({9});
     const DeviceBuffer<LaunchRecord> record(1);
     LaunchSlowCopy(to.get(), from.get(), sizeof(uint32_t), nullptr);
     ASSERT_STATUS_OK(
-        LaunchProbe(dim3(1), 4, dim3(1), early_start, to.get(), record.get(), nullptr));
-    EXPECT_EQ(record.Download()[0].seen, early_start ? 9u : 8u);
+        LaunchProbe({dim3(1), dim3(1), 1, 4, overlaps}, to.get(), record.get(), nullptr));
+    EXPECT_EQ(record.Download()[0].seen, overlaps ? 9u : 8u);
   }
 }
 

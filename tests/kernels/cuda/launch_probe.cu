@@ -24,15 +24,9 @@ __global__ void Probe(const uint32_t* word, LaunchRecord* record) {
 
 }  // namespace
 
-absl::Status LaunchProbe(dim3 grid, size_t shared_bytes, dim3 cluster, bool early_start,
-                         const uint32_t* word, LaunchRecord* record, cudaStream_t stream) {
-  return LaunchKernel("Probe", Probe,
-                      {.grid = grid,
-                       .threads = 1,
-                       .shared_bytes = shared_bytes,
-                       .cluster = cluster,
-                       .early_start = early_start},
-                      stream, word, record);
+absl::Status LaunchProbe(const LaunchShape& shape, const uint32_t* word, LaunchRecord* record,
+                         cudaStream_t stream) {
+  return Launch("Probe", Probe, shape, stream, word, record);
 }
 
 }  // namespace moebius::kernels::cuda

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "kernels/cuda/device/launch.h"
 
 namespace moebius::kernels::cuda {
 
@@ -17,9 +18,9 @@ struct LaunchRecord {
   uint32_t seen = 0;          // what `*word` held
 };
 
-// Launches it with LaunchKernel (kernels/cuda/device/dependent_launch.cuh). It reads `word` without
-// waiting for the kernel in front. Device pointers.
-absl::Status LaunchProbe(dim3 grid, size_t shared_bytes, dim3 cluster, bool early_start,
-                         const uint32_t* word, LaunchRecord* record, cudaStream_t stream);
+// Launches it, one thread a CTA. It reads `word` without waiting for the kernel in front. Device
+// pointers.
+absl::Status LaunchProbe(const LaunchShape& shape, const uint32_t* word, LaunchRecord* record,
+                         cudaStream_t stream);
 
 }  // namespace moebius::kernels::cuda
