@@ -80,6 +80,10 @@ absl::Status LaunchStream(const Bf16LinearParams& p, int segments, cudaStream_t 
   shape.segments = segments;
   shape.x_head_cols = static_cast<int>(p.x_head_stride);
   shape.weight_head_rows = WeightHeadRows(p);
+  // Weights that other tiles read again stay in L2. So do those of a single chain (the LM head):
+  // evicted first, they make the writes of its many outputs dearer (docs/kernels-cuda.md).
+  const bool once = shape.m_tiles == 1 && (segments > 1 || p.heads > 1);
+  shape.weights_policy = once ? kEvictFirst : kEvictNormal;
   shape.out = OutputOf(p, T::kBulk && segments == 1);
   ASSIGN_OR_RETURN(const CUtensorMap weights, WeightsMap(p, T::kTransposed ? kBlock : T::kRows));
   ASSIGN_OR_RETURN(const CUtensorMap tokens, TokensMap(p, T::kTokens));

@@ -4,7 +4,6 @@
 // Two ways to the same sums, element by element ascending: large tiles stay where they are and are
 // fetched; small ones, where latency counts, are sent to the CTA that adds them.
 
-#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/bf16_linear/output.cuh"
@@ -72,34 +71,22 @@ __device__ __forceinline__ void Add(float4& sum, const float4& part) {
   sum.w = __fadd_rn(sum.w, part.w);
 }
 
-// Fetching. CTA `segment` of kSegments adds an equal part of the tile: element by element the sums
-// of all segments, ascending. kThreads threads of each CTA take part, between two barriers of the
-// cluster. A thread has 16 loads on their way before it adds the first.
-template <int kSegments, int kTokens, int kRows, int kPitch, int kThreads>
+// Fetching. CTA `segment` of the cluster adds an equal part of the tile: element by element the
+// sums of all segments, ascending. kThreads threads of each CTA take part, between two barriers of
+// the cluster.
+template <int kTokens, int kRows, int kPitch, int kThreads>
 __device__ __forceinline__ void MergeSegments(const Output& out, const float* exchange, int segment,
-                                              int row_of_tile, int token_of_tile) {
-  constexpr int kShare = kTokens * kRows / 4 / kSegments;  // in fours of rows
-  constexpr int kEach = std::max(1, std::min(16 / kSegments, kShare / kThreads));
-  static_assert(kShare < kThreads || kShare % (kEach * kThreads) == 0, "rounds are whole");
-  for (int i = static_cast<int>(threadIdx.x); i < kShare; i += kEach * kThreads) {
-    float4 parts[kEach][kSegments];
-    int row[kEach], token[kEach];
-#pragma unroll
-    for (int each = 0; each < kEach; ++each) {
-      const int at = segment * kShare + i + each * kThreads;
-      row[each] = at % (kRows / 4) * 4;
-      token[each] = at / (kRows / 4);
-      const uint32_t from = SharedAddress(exchange + token[each] * kPitch + row[each]);
-#pragma unroll
-      for (int s = 0; s < kSegments; ++s)
-        parts[each][s] = LoadClusterVector(ClusterAddress(from, static_cast<uint32_t>(s)));
-    }
-#pragma unroll
-    for (int each = 0; each < kEach; ++each) {
-#pragma unroll
-      for (int s = 1; s < kSegments; ++s) Add(parts[each][0], parts[each][s]);
-      StoreFour(out, row_of_tile + row[each], token_of_tile + token[each], parts[each][0]);
-    }
+                                              int segments, int row_of_tile, int token_of_tile) {
+  const int share = kTokens * kRows / 4 / segments;  // in fours of rows
+  const int begin = segment * share;
+  for (int i = begin + static_cast<int>(threadIdx.x); i < begin + share; i += kThreads) {
+    const int token = i / (kRows / 4), row = i % (kRows / 4) * 4;
+    const uint32_t at = SharedAddress(exchange + token * kPitch + row);
+    float4 sum = LoadClusterVector(ClusterAddress(at, 0));
+#pragma unroll 4
+    for (int s = 1; s < segments; ++s)
+      Add(sum, LoadClusterVector(ClusterAddress(at, static_cast<uint32_t>(s))));
+    StoreFour(out, row_of_tile + row, token_of_tile + token, sum);
   }
 }
 

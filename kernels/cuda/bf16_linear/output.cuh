@@ -9,7 +9,6 @@
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/bf16.cuh"
 #include "kernels/cuda/device/bulk_store.cuh"
-#include "kernels/cuda/device/store_matrix.cuh"
 
 namespace moebius::kernels::cuda {
 
@@ -98,9 +97,11 @@ __device__ __forceinline__ void WritePiece(uint8_t* piece, int warp, const float
     const int token = 8 * (j + lane / 16) + lane % 8;
     const int chunk = (2 * warp + lane / 8 % 2) ^ (token & 7);
     const float* const v = sums + 4 * j;
-    StoreMatrices4Transposed(SharedAddress(piece + token * 128 + chunk * 16),
-                             RoundToBf16Pair(v[0], v[1]), RoundToBf16Pair(v[2], v[3]),
-                             RoundToBf16Pair(v[4], v[5]), RoundToBf16Pair(v[6], v[7]));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     SharedAddress(piece + token * 128 + chunk * 16)),
+                 "r"(RoundToBf16Pair(v[0], v[1])), "r"(RoundToBf16Pair(v[2], v[3])),
+                 "r"(RoundToBf16Pair(v[4], v[5])), "r"(RoundToBf16Pair(v[6], v[7]))
+                 : "memory");
   }
 }
 

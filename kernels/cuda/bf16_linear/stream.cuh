@@ -5,7 +5,6 @@
 // segments of K are long or whose rows are many; the others: resident.cuh.
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/bf16_linear/merge.cuh"
 #include "kernels/cuda/bf16_linear/output.cuh"
@@ -24,6 +23,7 @@ struct StreamShape {
   int segments;     // the CTAs of a cluster
   int x_head_cols;  // between heads: columns of x
   int weight_head_rows;
+  uint64_t weights_policy;  // of L2
   Output out;
 };
 
@@ -83,17 +83,15 @@ __device__ Place PlaceOf(const StreamShape& shape, int tile) {
 template <typename T>
 __device__ void LoadWeights(uint8_t* stage, const CUtensorMap* weights, uint64_t* full,
                             const StreamShape& shape, const Place& place, int block) {
-  // Weights that other tiles read again stay in L2.
-  const uint64_t policy = shape.m_tiles == 1 ? kEvictFirst : kEvictNormal;
   const int head_row = place.head * shape.weight_head_rows;
   if constexpr (T::kTransposed) {
 #pragma unroll
     for (int group = 0; group < T::kRows / 64; ++group) {
       TmaLoad2d(stage + group * 64 * 128, weights, full, place.row0 + 64 * group,
-                head_row + block * kBlock, policy);
+                head_row + block * kBlock, shape.weights_policy);
     }
   } else {
-    TmaLoad2d(stage, weights, full, block * kBlock, head_row + place.row0, policy);
+    TmaLoad2d(stage, weights, full, block * kBlock, head_row + place.row0, shape.weights_policy);
   }
 }
 
@@ -247,13 +245,8 @@ __global__ void __launch_bounds__(T::kThreads + 32, T::kCtas)
             exchange, (group * T::kSubs + sub) * 64 + 16 * (warp % 4), sums[sub]);
       }
       ClusterBarrier();
-      const auto merge = [&](auto segments) {
-        MergeSegments<decltype(segments)::value, T::kTokens, T::kRows, T::kPitch, T::kThreads>(
-            shape.out, exchange, segment, place.row0, place.token0);
-      };
-      if (shape.segments == 2) merge(std::integral_constant<int, 2>());
-      if (shape.segments == 4) merge(std::integral_constant<int, 4>());
-      if (shape.segments == 8) merge(std::integral_constant<int, 8>());
+      MergeSegments<T::kTokens, T::kRows, T::kPitch, T::kThreads>(
+          shape.out, exchange, segment, shape.segments, place.row0, place.token0);
       ClusterBarrier();  // and only now may the others' memory go
     }
   }
