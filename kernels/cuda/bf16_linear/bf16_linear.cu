@@ -199,7 +199,8 @@ absl::Status Validate(const Bf16LinearParams& p) {
 int Bf16LinearSegments(int64_t n, int64_t k) {
   const int64_t tiles = (n + 255) / 256, k_blocks = (k + kBlock - 1) / kBlock;
   int segments = 1;
-  while (segments < 8 && tiles * segments < 96 && k_blocks >= 8 * segments) segments *= 2;
+  while (segments < kMostSegments && tiles * segments < 96 && k_blocks >= 8 * segments)
+    segments *= 2;
   return segments;
 }
 

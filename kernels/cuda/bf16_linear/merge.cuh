@@ -90,6 +90,8 @@ __device__ __forceinline__ void MergeSegments(const Output& out, const float* ex
   }
 }
 
+inline constexpr int kMostSegments = 8;
+
 // Sending. A unit is four neighbouring accumulators of a thread; unit 128 j + thread holds its j-th
 // four. CTA `segment` of 2^log_segments adds the units of its share, equal parts in their order,
 // which all CTAs send to received[segment of the sender][unit of the share].
@@ -150,11 +152,15 @@ __device__ __forceinline__ void AddShares(const Shares<kTokens>& shares, const O
   UnitPlaces places = PlacesOfUnit(out, segment * share + i, row_of_tile, token_of_tile);
   BarrierWaitForCluster(arrived, 0);
   while (i < share) {
-    float4 sum = received[i];
-#pragma unroll 8
-    for (int s = 1; s < segments; ++s) {
-      Add(sum, received[s * share + i]);
-    }
+    // All loads on their way before the first is added.
+    float4 parts[kMostSegments];
+#pragma unroll
+    for (int s = 0; s < kMostSegments; ++s)
+      if (s < segments) parts[s] = received[s * share + i];
+    float4 sum = parts[0];
+#pragma unroll
+    for (int s = 1; s < kMostSegments; ++s)
+      if (s < segments) Add(sum, parts[s]);
     const float four[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int c = 0; c < 4; ++c) {

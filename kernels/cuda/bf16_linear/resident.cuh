@@ -57,28 +57,27 @@ __global__ void __launch_bounds__(T::kThreads + 32, 1)
   const int blocks = (segment + 1) * shape.k_blocks / segments - block0;
   const Shares<T::kTokens> shares = {shape.log_segments};
 
-  if (warp == T::kThreads / 32 && lane == 0) {
-    // Weights that other tiles read again stay in L2.
-    const uint64_t policy = shape.m_tiles == 1 ? kEvictFirst : kEvictNormal;
+  if (threadIdx.x == 0) {
     for (int b = 0; b < T::kMostBlocks; ++b) BarrierInit(&full[b], 1);
     BarrierInit(arrived, 1);
     BarrierInitFence();
     BarrierArriveExpect(arrived, Shares<T::kTokens>::kBytes);
+  }
+  __syncthreads();
+  LetNextKernelStart();
+  if (warp == T::kThreads / 32) {
+    if (lane != 0) return;
+    // Weights that other tiles read again stay in L2.
+    const uint64_t policy = shape.m_tiles == 1 ? kEvictFirst : kEvictNormal;
     for (int b = 0; b < blocks; ++b) {
       BarrierArriveExpect(&full[b], T::kWeightBytes + T::kTokenBytes);
       TmaLoad2d(weight_blocks + b * T::kWeightBytes, &weights, &full[b], 64 * (block0 + b), row0,
                 policy);
     }
-  }
-  __syncthreads();
-  LetNextKernelStart();
-  if (warp == T::kThreads / 32) {
-    if (lane == 0) {
-      WaitForPrecedingKernel();
-      for (int b = 0; b < blocks; ++b) {
-        TmaLoad2d(token_blocks + b * T::kTokenBytes, &tokens, &full[b], 64 * (block0 + b), token0,
-                  kEvictLast);
-      }
+    WaitForPrecedingKernel();
+    for (int b = 0; b < blocks; ++b) {
+      TmaLoad2d(token_blocks + b * T::kTokenBytes, &tokens, &full[b], 64 * (block0 + b), token0,
+                kEvictLast);
     }
     return;
   }
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(T::kThreads + 32, 1)
     b = AdvanceDescriptor(b, T::kTokenBytes);
     if (block == T::kReusedBlocks && segments > 1) {
       WgmmaWait<1>();
-      ClusterArrive();  // sums may come
+      ClusterArriveRelaxed();  // sums may come: what they overwrite has been read
     }
   }
   WgmmaWait<0>();
