@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/bf16.cuh"
+#include "kernels/cuda/device/bulk_store.cuh"
 
 namespace moebius::kernels::cuda {
 
@@ -68,22 +69,6 @@ __device__ __forceinline__ void StoreSums(const Output& out, int head, int row0,
   }
 }
 
-// Stores of the copy engine: a box from shared memory, swizzled as it was loaded.
-__device__ __forceinline__ void TmaStore2d(const CUtensorMap* map, const void* from, int32_t x,
-                                           int32_t y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-      "r"(SharedAddress(from)), "r"(x), "r"(y)
-      : "memory");
-}
-__device__ __forceinline__ void BulkCommit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-// Waits until this thread's stores have read shared memory.
-__device__ __forceinline__ void BulkWaitRead() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 // What a warpgroup hands to the copy engine at a time: 4 KB, 64 rows of the weight by so many
 // tokens, in boxes of 128 bytes of rows, so that a warp's writes spread over all banks.
 template <bool kF32>
@@ -135,7 +120,7 @@ __device__ __forceinline__ void StoreSumsInBulk(const CUtensorMap* map, uint8_t*
   for (int round = 0; round < kRounds; ++round) {
     const int sub = round / (kTokens / kStep), first = round % (kTokens / kStep) * kStep;
     if (round % kPieces == 0) {
-      if (leader) BulkWaitRead();
+      if (leader) StoresHaveRead();
       NamedBarrier(barrier, 128);
     }
     float part[kStep / 2];
@@ -154,11 +139,11 @@ __device__ __forceinline__ void StoreSumsInBulk(const CUtensorMap* map, uint8_t*
       TmaStore2d(map, piece, x, y);
       if constexpr (kF32) TmaStore2d(map, piece + 2048, x + 32, y);
     }
-    BulkCommit();
+    StoresCommit();
   }
 }
 __device__ __forceinline__ void FinishBulkStores() {
-  if (threadIdx.x % 128 == 0) BulkWaitRead();
+  if (threadIdx.x % 128 == 0) StoresHaveRead();
 }
 
 }  // namespace moebius::kernels::cuda

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <memory>
 #include <string>
 
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -135,12 +135,7 @@ class Product {
   DeviceBuffer<Bf16> device_weights_;
 };
 
-// A cluster of eight is not placed while the competing kernel holds half of the multiprocessors: it
-// waits for its end, ten seconds, and then competes with nothing.
-std::unique_ptr<CompetingKernel> CompetitorOf(const Form& form) {
-  const bool waits = form.heads == 1 && Bf16LinearSegments(form.n, form.k) > 4;
-  return waits ? nullptr : std::make_unique<CompetingKernel>();
-}
+int Segments(const Form& form) { return form.heads == 1 ? Bf16LinearSegments(form.n, form.k) : 1; }
 
 class Bf16LinearTest : public GpuTest {};
 
@@ -149,33 +144,41 @@ TEST_F(Bf16LinearTest, AgreesWithTheReferenceAtOddShapes) {
     int64_t m;
     Form form;
   };
-  for (const Case& c :
-       {Case{1, {.n = 64, .k = 64}}, Case{1, {.n = 1, .k = 8}},
-        Case{3, {.n = 200, .k = 72, .f32 = true}},
-        Case{9, {.n = 129, .k = 1544, .x_padding = 16, .out_padding = 3}},
-        Case{128, {.n = 256, .k = 7168, .f32 = true}}, Case{17, {.n = 256, .k = 7168}},
-        Case{33, {.n = 1500, .k = 520, .f32 = true, .out_padding = 4}},
-        Case{65, {.n = 7168, .k = 1024, .out_padding = 8}},
-        Case{70, {.n = 24960, .k = 448, .f32 = true}},
-        Case{200, {.n = 24850, .k = 328, .out_padding = 1}}, Case{600, {.n = 1000, .k = 1040}},
-        Case{1, QueryAbsorb(16)}, Case{50, QueryAbsorb(3)}, Case{130, QueryAbsorb(16)},
-        Case{1, OutputAbsorb(16)}, Case{50, OutputAbsorb(3)}, Case{130, OutputAbsorb(16)},
-        Case{5,
-             {.n = 72,
-             .k = 64,
-             .heads = 2,
-             .transposed = true,
-             .x_head_stride = 64,
-             .weight_rows_per_head = 64,
-             .out_head_stride = 75}},
-        Case{20,
-             {.n = 300,
-             .k = 128,
-             .f32 = true,
-             .heads = 5,
-             .x_head_stride = 128,
-             .weight_rows_per_head = 300,
-             .out_head_stride = 300}}}) {
+  for (const Case& c : {Case{1, {.n = 64, .k = 64}},
+                        Case{1, {.n = 1, .k = 8}},
+                        Case{3, {.n = 200, .k = 72, .f32 = true}},
+                        Case{9, {.n = 129, .k = 1544, .x_padding = 16, .out_padding = 3}},
+                        Case{128, {.n = 256, .k = 7168, .f32 = true}},
+                        Case{17, {.n = 256, .k = 7168}},
+                        Case{300, {.n = 256, .k = 7168, .f32 = true}},
+                        Case{5, {.n = 250, .k = 14336, .f32 = true}},
+                        Case{33, {.n = 1500, .k = 520, .f32 = true, .out_padding = 4}},
+                        Case{65, {.n = 7168, .k = 1024, .out_padding = 8}},
+                        Case{70, {.n = 24960, .k = 448, .f32 = true}},
+                        Case{200, {.n = 24850, .k = 328, .out_padding = 1}},
+                        Case{600, {.n = 1000, .k = 1040}},
+                        Case{1, QueryAbsorb(16)},
+                        Case{50, QueryAbsorb(3)},
+                        Case{130, QueryAbsorb(16)},
+                        Case{1, OutputAbsorb(16)},
+                        Case{50, OutputAbsorb(3)},
+                        Case{130, OutputAbsorb(16)},
+                        Case{5,
+                             {.n = 72,
+                             .k = 64,
+                             .heads = 2,
+                             .transposed = true,
+                             .x_head_stride = 64,
+                             .weight_rows_per_head = 64,
+                             .out_head_stride = 75}},
+                        Case{20,
+                             {.n = 300,
+                             .k = 128,
+                             .f32 = true,
+                             .heads = 5,
+                             .x_head_stride = 128,
+                             .weight_rows_per_head = 300,
+                             .out_head_stride = 300}}}) {
     const Product product(c.form, 1);
     const Form& form = product.form();
     const std::vector<Bf16> rows = product.RandomRows(c.m, 2);
@@ -221,7 +224,7 @@ TEST_F(Bf16LinearTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
       const DeviceBuffer<Bf16> of_rows(static_cast<size_t>(4096 * x_stride));
       const DeviceBuffer<float> of_out(static_cast<size_t>(4096 * out_stride));
     }
-    const auto competing = CompetitorOf(form);
+    const CompetingKernel competing;
     int64_t compared = 0;
     for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
       std::vector<Bf16> rows(static_cast<size_t>(m * x_stride));
@@ -257,7 +260,68 @@ TEST_F(Bf16LinearTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
       }
     }
     std::printf("%ld x %ld, %ld heads, K in %d segments: %ld values compared\n", form.n, form.k,
-                form.heads, form.heads == 1 ? Bf16LinearSegments(form.n, form.k) : 1, compared);
+                form.heads, Segments(form), compared);
+    EXPECT_TRUE(competing.Runs());
+  }
+}
+
+// Rows, some with numbers of all kinds, and all of them once more: turned ones are a part.
+std::vector<Bf16> RowsTwice(int64_t count, int64_t stride, uint64_t seed) {
+  Prng random(seed);
+  const std::vector<Bf16> block = RandomBf16(random, 1'000'003);
+  std::vector<Bf16> rows(static_cast<size_t>(count * stride));
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = block[i % block.size()];
+  for (size_t row = 0; row < static_cast<size_t>(count); row += 64) {
+    const auto width = static_cast<size_t>(stride);
+    rows[row * width + 5] = Bf16{0x7fc0};         // NaN
+    rows[(row + 9) * width] = Bf16{0xff80};       // -infinity
+    rows[(row + 30) * width + 6] = Bf16{0x7f7f};  // the largest number
+  }
+  rows.resize(2 * rows.size());
+  std::copy_n(rows.begin(), rows.size() / 2, rows.begin() + static_cast<int64_t>(rows.size() / 2));
+  return rows;
+}
+
+// One call of all rows against calls of a few, the rows at other places (turned by some rows).
+TEST_F(Bf16LinearTest, ChunksOfACallGiveTheBitsOfTheWhole) {
+  constexpr int64_t kRows = 2048;
+  for (const Form& form : {Form{.n = 256, .k = 7168, .f32 = true}, QueryAbsorb(16),
+                           OutputAbsorb(16), Form{.n = 7168, .k = 1024}}) {
+    const Product product(form, 10);
+    const DeviceBuffer<Bf16> x(RowsTwice(kRows, form.XStride(), 11));
+    const int64_t row_bytes = form.OutStride() * (form.f32 ? 4 : 2);
+    DeviceBuffer<uint8_t> out(static_cast<size_t>(kRows * row_bytes));
+    std::vector<uint8_t> found(out.count());
+    const auto multiply = [&](int64_t first, int64_t chunk) {
+      out.Poison();
+      for (int64_t row = 0; row < kRows; row += chunk) {
+        const Bf16* const rows = x.get() + (first + row) * form.XStride();
+        ASSERT_STATUS_OK(LaunchBf16Linear(
+            product.Params(std::min(chunk, kRows - row), rows, out.get() + row * row_bytes),
+            nullptr));
+      }
+      ASSERT_CUDA_OK(cudaMemcpy(found.data(), out.get(), found.size(), cudaMemcpyDeviceToHost));
+    };
+    multiply(0, kRows);
+    const uint64_t whole = HashOf(found);
+    const CompetingKernel competing;
+    Prng places(12);
+    int64_t compared = 0;
+    for (int turn = 0; compared < 100'000'000; ++turn) {
+      const int64_t turned = turn == 0 ? 0 : 1 + static_cast<int64_t>(places.Below(kRows - 1));
+      for (const int64_t chunk : {1, 16, 63, 512}) {
+        if (chunk == 1 && turn > 2) continue;  // three placements; they take the longest
+        multiply(turned, chunk);
+        std::rotate(found.begin(), found.end() - turned * row_bytes, found.end());
+        ASSERT_EQ(HashOf(found), whole)
+            << form.n << " x " << form.k << ", calls of " << chunk << " rows, turned by " << turned;
+        compared += kRows * form.n * form.heads;
+      }
+    }
+    EXPECT_TRUE(competing.Runs());
+    EXPECT_GE(compared, 100'000'000);
+    std::printf("%ld x %ld, %ld heads, K in %d segments: %ld values compared\n", form.n, form.k,
+                form.heads, Segments(form), compared);
   }
 }
 
@@ -307,20 +371,23 @@ TEST_F(Bf16LinearTest, TheHeadOfTheModelIsOneChainForAnyChunks) {
       }
     }
   }
+  EXPECT_TRUE(competing.Runs());
   cudaFreeAsync(weight, nullptr);
   std::printf("%ld values compared\n", compared);
   EXPECT_GT(compared, 100'000'000);
 }
 
 TEST_F(Bf16LinearTest, LaunchesBesideACompetingKernelAgree) {
-  for (const Form& form : {Form{.n = 256, .k = 7168, .f32 = true}, QueryAbsorb(16),
-                           OutputAbsorb(16), Form{.n = 7168, .k = 1024}}) {
+  // The gate, both absorptions, segments that are fetched, and the LM head's one chain.
+  for (const Form& form :
+       {Form{.n = 256, .k = 7168, .f32 = true}, QueryAbsorb(16), OutputAbsorb(16),
+        Form{.n = 7168, .k = 1024}, Form{.n = 24'960, .k = 448, .f32 = true}}) {
     const Product product(form, 8);
-    for (const int64_t m : {3, 64}) {
+    for (const int64_t m : {3, 64, 128}) {
       const DeviceBuffer<Bf16> x(product.RandomRows(m, 9));
       DeviceBuffer<uint8_t> out(static_cast<size_t>(m * form.OutStride() * (form.f32 ? 4 : 2)));
       const Bf16LinearParams params = product.Params(m, x.get(), out.get());
-      const auto competing = CompetitorOf(form);
+      const CompetingKernel competing;
       uint64_t first = 0;
       for (int launch = 0; launch < 10'000; ++launch) {
         ASSERT_STATUS_OK(LaunchBf16Linear(params, nullptr));
@@ -330,6 +397,26 @@ TEST_F(Bf16LinearTest, LaunchesBesideACompetingKernelAgree) {
         ASSERT_EQ(hash, first) << "launch " << launch;
         out.Poison();
       }
+      EXPECT_TRUE(competing.Runs()) << form.n << " x " << form.k << ", m = " << m;
+    }
+  }
+}
+
+// The kernel in front lets the next one start at once and writes its rows late.
+TEST_F(Bf16LinearTest, RowsOfTheKernelInFrontAreWaitedFor) {
+  for (const Form& form : {Form{.n = 256, .k = 7168, .f32 = true}, QueryAbsorb(16),
+                           OutputAbsorb(16), Form{.n = 7168, .k = 1024}}) {
+    const Product product(form, 13);
+    for (const int64_t m : {1, 64, 128}) {
+      const DeviceBuffer<Bf16> x(product.RandomRows(m, 14)), next(product.RandomRows(m, 15));
+      DeviceBuffer<uint8_t> out(static_cast<size_t>(m * form.OutStride() * (form.f32 ? 4 : 2)));
+      ASSERT_STATUS_OK(LaunchBf16Linear(product.Params(m, next.get(), out.get()), nullptr));
+      const uint64_t expected = HashOf(out.Download());
+      out.Poison();
+      ASSERT_CUDA_OK(cudaDeviceSynchronize());
+      LaunchSlowCopy(x.get(), next.get(), x.count() * sizeof(Bf16), nullptr);
+      ASSERT_STATUS_OK(LaunchBf16Linear(product.Params(m, x.get(), out.get()), nullptr));
+      EXPECT_EQ(HashOf(out.Download()), expected) << form.n << " x " << form.k << ", m = " << m;
     }
   }
 }
