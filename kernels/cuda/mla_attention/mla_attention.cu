@@ -116,9 +116,11 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
           s.anchor[0][row] = state.anchor[0];
           s.anchor[0][row + 8] = state.anchor[1];
         }
+        const bool rescale = NeedsRescale(factor);
+        if (thread % 32 == 0) s.rescale[thread / 32] = rescale;
         ProxyFence();
         NamedBarrierArrive(kEvenReady, 256);
-        if (block > 0) Rescale(o, factor);
+        if (block > 0 && rescale) Multiply(o, factor);
         AddValues(o, p, MnMajor(base, kEven), block > 0);
         WgmmaWait<0>();
         KeepRegisters(o);
@@ -192,8 +194,10 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
         Scores(scores, KMajor(base, kQ), KMajor(base, kOdd), s.full[1], odds % 2, 0, 8);
         NamedBarrier(kEvenReady, 256);
         Follow(s.anchor[0], row, state, factor);
-        if (block > 0 && NeedsRescale(factor)) {
-          WgmmaWait<0>();  // accumulators are touched only when nothing is in flight
+        // Accumulators are touched only when nothing is in flight, and the warps of a warpgroup wait
+        // together: the even half has seen the same factors.
+        if (block > 0 && AnyRescale(s.rescale)) {
+          WgmmaWait<0>();
           KeepRegisters(scores);
           KeepRegisters(o);
           Multiply(o, factor);

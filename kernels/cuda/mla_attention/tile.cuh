@@ -36,6 +36,7 @@ struct Shared {
   // Probabilities of even blocks; those of odd blocks take the place of their rope keys.
   uint8_t p[kBoxBytes];
   float anchor[2][64];
+  alignas(4) uint8_t rescale[4];  // by warp: whether an even block changed an anchor of its rows
   float sums[2][2][64];  // by parity of the segment, warpgroup
   uint64_t full[2][kBoxes];
   uint64_t empty[2][2];  // boxes 0 .. 3 and 8, boxes 4 .. 7
@@ -170,6 +171,9 @@ __device__ __forceinline__ void StoreProbabilities(uint8_t* to, const uint32_t (
 // Whether a row of the warp has a factor other than 1. Only saves work: x * 1 is x.
 __device__ __forceinline__ bool NeedsRescale(const float (&factor)[2]) {
   return __any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f);
+}
+__device__ __forceinline__ bool AnyRescale(const uint8_t (&rescale)[4]) {
+  return *reinterpret_cast<const volatile uint32_t*>(rescale) != 0;
 }
 __device__ __forceinline__ void Multiply(Output& o, const float (&factor)[2]) {
 #pragma unroll
