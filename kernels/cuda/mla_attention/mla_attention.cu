@@ -18,6 +18,21 @@
 namespace moebius::kernels::cuda {
 namespace {
 
+// The blocks of a work.
+struct Run {
+  __device__ __forceinline__ Run(const Shape& shape, const MlaWork& work)
+      : table(shape.block_tables + work.at.sequence * shape.max_blocks) {
+    const int size = shape.schedule.SegmentBlocks(work.at.position);
+    begin = work.begin * size;
+    end = min(work.end * size, work.at.position / 64 + 1);
+  }
+  __device__ __forceinline__ int32_t Entry(int block) const {
+    return block < end ? table[block] : 0;
+  }
+  const int32_t* table;
+  int begin, end;
+};
+
 // One warp: keeps boxes of both buffers, and the queries, coming.
 __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
                                      const CUtensorMap& cache, const Shape& shape) {
@@ -33,26 +48,35 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
                 kEvictFirst);
     }
   };
-  for (; list.Next(work); ++works) {
-    const int blocks = work.at.position / 64 + 1;
-    const int size = shape.schedule.SegmentBlocks(work.at.position);
-    const int first = work.begin * size, end = min(work.end * size, blocks);
-    const int32_t* const table = shape.block_tables + work.at.sequence * shape.max_blocks;
-    int32_t entries = 0;
-    for (int block = first; block < end; ++block) {
-      if ((block - first) % 32 == 0) entries = block + lane < end ? table[block + lane] : 0;
-      const int32_t id = __shfl_sync(~0u, entries, (block - first) % 32);
-      if (block == first) {
-        if (works > 0) BarrierWait(&s.q_empty, (works - 1) % 2);
-        if (lane == 0) {
-          BarrierArriveExpect(&s.q_full, kTileBytes);
+  bool more = list.Next(work);
+  int32_t entries = 0, next_entries = 0;  // of the block table, a lane each; read 32 blocks ahead
+  for (; more; ++works) {
+    const Run run(shape, work);
+    if (works > 0) BarrierWait(&s.q_empty, (works - 1) % 2);
+    if (lane == 0) {
+      BarrierArriveExpect(&s.q_full, kTileBytes);
 #pragma unroll 1
-          for (int box = 0; box < kBoxes; ++box) {
-            TmaLoad2d(s.q + box * kBoxBytes, &queries, &s.q_full, box * 64,
-                      work.row * shape.heads + Tile() * 64, kEvictFirst);
+      for (int box = 0; box < kBoxes; ++box) {
+        TmaLoad2d(s.q + box * kBoxBytes, &queries, &s.q_full, box * 64,
+                  work.row * shape.heads + Tile() * 64, kEvictFirst);
+      }
+    }
+    __syncwarp();
+    if (works == 0) next_entries = run.Entry(run.begin + lane);
+    for (int block = run.begin; block < run.end; ++block) {
+      if ((block - run.begin) % 32 == 0) {
+        entries = next_entries;
+        if (block + 32 < run.end) {
+          next_entries = run.Entry(block + 32 + lane);
+        } else {
+          more = list.Next(work);
+          if (more) {
+            const Run next(shape, work);
+            next_entries = next.Entry(next.begin + lane);
           }
         }
       }
+      const int32_t id = __shfl_sync(~0u, entries, (block - run.begin) % 32);
       const int buffer = block % 2;  // segments begin at even blocks
       const uint32_t use = uses[buffer]++;
       if (use > 0) BarrierWait(&s.empty[buffer][0], (use - 1) % 2);
@@ -89,7 +113,7 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
       const bool last = block + 2 >= at.blocks();
       if (last && at.LastOfWork()) Release(&s.q_empty);
       uint32_t p[4][4];
-      Softmax(scores, p, shape.scale_log2, at.LastOf(block), state, factor);
+      Softmax(scores, p, shape.scale_log2, at.LastOf(block), state, factor, [](int) {});
       if (pairs > 0) NamedBarrier(kEvenFree, 256);
       ++pairs;
       StoreProbabilities(s.p, p);
@@ -97,11 +121,9 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
         s.anchor[0][row] = state.anchor[0];
         s.anchor[0][row + 8] = state.anchor[1];
       }
-      const bool rescale = NeedsRescale(factor);
-      if (thread % 32 == 0) s.rescale[thread / 32] = rescale;
       ProxyFence();
       NamedBarrierArrive(kEvenReady, 256);
-      if (block > 0 && rescale) Multiply(o, factor);
+      if (block > 0) Rescale(o, factor);
       AddValues(o, p, MnMajor(base, kEven), block > 0);
       WgmmaWait<0>();
       KeepRegisters(o);
@@ -176,20 +198,20 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
       Scores(scores, KMajor(base, kQ), KMajor(base, kOdd), s.full[1], odds % 2, 0, 8);
       NamedBarrier(kEvenReady, 256);
       Follow(s.anchor[0], row, state, factor);
-      // Accumulators are touched only when nothing is in flight, and the warps of a warpgroup wait
-      // together: the even half has seen the same factors.
-      if (block > 0 && AnyRescale(s.rescale)) {
-        WgmmaWait<0>();
-        KeepRegisters(scores);
-        KeepRegisters(o);
-        Multiply(o, factor);
-      }
-      AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
-      WgmmaWait<1>();
+      WgmmaWait<0>();
       KeepRegisters(scores);
+      KeepRegisters(o);
+      if (block > 0) Rescale(o, factor);
       if (block + 3 >= at.blocks() && at.LastOfWork()) Release(&s.q_empty);
       uint32_t p[4][4];
-      Softmax(scores, p, shape.scale_log2, last, state, factor);
+      // A warp that issues a product stands still until the tensor cores take it, and the other
+      // half waits for these probabilities: the values of the even block go in step by step.
+      const uint32_t even_p = Uniform(KMajor(base, kP));
+      const uint32_t even_v = Uniform(MnMajor(base, kEven + 4 * kBoxBytes));
+      WgmmaFence();
+      Softmax(scores, p, shape.scale_log2, last, state, factor, [&](int step) {
+        if (step < kStepsInSoftmax) AddValuesStep(o, even_p, even_v, step, block > 0);
+      });
       NamedBarrier(kClear + 1, 128);  // all have read the rope keys
       StoreProbabilities(s.kv[1] + 8 * kBoxBytes, p);
       if (thread % 4 == 0) {
@@ -198,6 +220,11 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
       }
       ProxyFence();
       NamedBarrierArrive(kOddReady, 256);
+#pragma unroll
+      for (int step = kStepsInSoftmax; step < 4; ++step) {
+        AddValuesStep(o, even_p, even_v, step, block > 0);
+      }
+      WgmmaCommit();
       WgmmaWait<0>();
       KeepRegisters(o);
       Release(&s.empty[0][1]);
@@ -219,8 +246,7 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
       NamedBarrierArrive(kEvenFree, 256);
     }
     PostSums(s, segments % 2, 1, row, state);
-    FinishSegment(s, shape,
-                  {at.work().row, at.segment(), at.work().Whole(), at.LastOfWork()},
+    FinishSegment(s, shape, {at.work().row, at.segment(), at.work().Whole(), at.LastOfWork()},
                   segments % 2, 1, row, o, state);
   }
 }
@@ -301,7 +327,8 @@ __global__ void __launch_bounds__(kMaxSplitRows)
     const int place = places[item / kPartialQuads / shape.tiles];
     const int row = shape.schedule.RowAt(place);
     const int size = shape.schedule.SegmentBlocks(shape.schedule.rows[row].position);
-    const int segments = (shares.first_block[place + 1] - shares.first_block[place] + size - 1) / size;
+    const int segments =
+        (shares.first_block[place + 1] - shares.first_block[place] + size - 1) / size;
     const int64_t stride = shape.tiles * 2 * kPartialHalf;
     const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
                                (tile * 2 + half) * kPartialHalf;

@@ -231,8 +231,8 @@ class Whole {
     int64_t bytes = 0;
     for (const int64_t segment_tokens : {0, 512}) {
       for (int64_t m = 1; m <= kRows; ++m) {
-        bytes = std::max(bytes, MlaAttentionWorkspaceBytesWithSegments(
-                                    m, kHeads, kFirst + kRows, segment_tokens));
+        bytes = std::max(bytes, MlaAttentionWorkspaceBytesWithSegments(m, kHeads, kFirst + kRows,
+                                                                       segment_tokens));
       }
     }
     Workspace(bytes);
@@ -244,8 +244,8 @@ class Whole {
     const std::vector<uint64_t> found = Run((kRows - shift) % kRows, chunk, segment_tokens);
     int64_t different = 0;
     for (int64_t row = 0; row < kRows; ++row) {
-      different += found[static_cast<size_t>((row + shift) % kRows)] !=
-                   expected_[static_cast<size_t>(row)];
+      different +=
+          found[static_cast<size_t>((row + shift) % kRows)] != expected_[static_cast<size_t>(row)];
     }
     return different;
   }
