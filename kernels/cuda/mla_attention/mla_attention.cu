@@ -18,21 +18,6 @@
 namespace moebius::kernels::cuda {
 namespace {
 
-// The blocks of a work.
-struct Run {
-  __device__ __forceinline__ Run(const Shape& shape, const MlaWork& work)
-      : table(shape.block_tables + work.at.sequence * shape.max_blocks) {
-    const int size = shape.schedule.SegmentBlocks(work.at.position);
-    begin = work.begin * size;
-    end = min(work.end * size, work.at.position / 64 + 1);
-  }
-  __device__ __forceinline__ int32_t Entry(int block) const {
-    return block < end ? table[block] : 0;
-  }
-  const int32_t* table;
-  int begin, end;
-};
-
 // One warp: keeps boxes of both buffers, and the queries, coming.
 __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
                                      const CUtensorMap& cache, const Shape& shape) {
@@ -48,10 +33,11 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
                 kEvictFirst);
     }
   };
-  bool more = list.Next(work);
-  int32_t entries = 0, next_entries = 0;  // of the block table, a lane each; read 32 blocks ahead
-  for (; more; ++works) {
-    const Run run(shape, work);
+  for (; list.Next(work); ++works) {
+    const int blocks = work.at.position / 64 + 1;
+    const int size = shape.schedule.SegmentBlocks(work.at.position);
+    const int first = work.begin * size, end = min(work.end * size, blocks);
+    const int32_t* const table = shape.block_tables + work.at.sequence * shape.max_blocks;
     if (works > 0) BarrierWait(&s.q_empty, (works - 1) % 2);
     if (lane == 0) {
       BarrierArriveExpect(&s.q_full, kTileBytes);
@@ -62,21 +48,10 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
       }
     }
     __syncwarp();
-    if (works == 0) next_entries = run.Entry(run.begin + lane);
-    for (int block = run.begin; block < run.end; ++block) {
-      if ((block - run.begin) % 32 == 0) {
-        entries = next_entries;
-        if (block + 32 < run.end) {
-          next_entries = run.Entry(block + 32 + lane);
-        } else {
-          more = list.Next(work);
-          if (more) {
-            const Run next(shape, work);
-            next_entries = next.Entry(next.begin + lane);
-          }
-        }
-      }
-      const int32_t id = __shfl_sync(~0u, entries, (block - run.begin) % 32);
+    int32_t entries = 0;
+    for (int block = first; block < end; ++block) {
+      if ((block - first) % 32 == 0) entries = block + lane < end ? table[block + lane] : 0;
+      const int32_t id = __shfl_sync(~0u, entries, (block - first) % 32);
       const int buffer = block % 2;  // segments begin at even blocks
       const uint32_t use = uses[buffer]++;
       if (use > 0) BarrierWait(&s.empty[buffer][0], (use - 1) % 2);
@@ -92,7 +67,7 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
 __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = SharedAddress(&s) / 16;
+  const uint32_t base = DescriptorBase(s);
   SegmentCursor at(shape.schedule, Group(), s.shares);
   if (!at.Next()) return;
   uint32_t pairs = 0, works = 0;
@@ -179,7 +154,7 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
 __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = SharedAddress(&s) / 16;
+  const uint32_t base = DescriptorBase(s);
   SegmentCursor at(shape.schedule, Group(), s.shares);
   uint32_t odds = 0, works = 0;
   for (uint32_t segments = 0; at.Next(); ++segments) {

@@ -73,6 +73,10 @@ using Output = float[128];
 __device__ __forceinline__ uint64_t Descriptor(uint32_t low) {
   return (uint64_t{0x40000000 | (1024 >> 4)} << 32) | low;
 }
+// Where `s` begins, in units of 16 bytes. Higher bits of an address name a CTA of a cluster.
+__device__ __forceinline__ uint32_t DescriptorBase(const Shared& s) {
+  return (SharedAddress(&s) & 0x3ffff) / 16;
+}
 __device__ __forceinline__ uint32_t Uniform(uint32_t low) { return __shfl_sync(~0u, low, 0); }
 // Low words for what lies `offset` bytes into shared memory that begins at 16 * base.
 __device__ __forceinline__ uint32_t KMajor(uint32_t base, size_t offset) {
