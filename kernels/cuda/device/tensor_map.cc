@@ -37,11 +37,12 @@ absl::StatusOr<CUtensorMap> EncodeMatrixMap(const MatrixMap& matrix) {
   const cuuint64_t strides[1] = {matrix.row_stride_bytes};
   const cuuint32_t box[2] = {matrix.box_cols, matrix.box_rows};
   const cuuint32_t element_strides[2] = {1, 1};
-  const CUresult result =
-      (*encode)(&map, type, 2, const_cast<void*>(matrix.base), sizes, strides, box, element_strides,
-                CU_TENSOR_MAP_INTERLEAVE_NONE,
-                matrix.swizzle_128b ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = (*encode)(
+      &map, type, 2, const_cast<void*>(matrix.base), sizes, strides, box, element_strides,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      matrix.swizzle_128b ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      matrix.l2_promotion ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return absl::InvalidArgumentError(absl::StrCat(
         "tensor map of ", matrix.rows, " x ", matrix.cols, " elements of ", matrix.element_bytes,

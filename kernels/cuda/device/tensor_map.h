@@ -23,6 +23,8 @@ struct MatrixMap {
   uint32_t box_rows = 0;
   uint32_t box_cols = 0;
   bool swizzle_128b = true;
+  // Whether a miss also fetches the other half of its 256 bytes into L2.
+  bool l2_promotion = true;
 };
 
 // Encodes the map on the host; InvalidArgument if the driver refuses the shape, Unavailable without

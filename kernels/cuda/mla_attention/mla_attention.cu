@@ -11,6 +11,7 @@
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/mla_attention/partial.cuh"
 #include "kernels/cuda/mla_attention/schedule.cuh"
+#include "kernels/cuda/mla_attention/segment_cursor.cuh"
 #include "kernels/cuda/mla_attention/segment_end.cuh"
 #include "kernels/cuda/mla_attention/tile.cuh"
 
@@ -29,7 +30,7 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
     for (int box = first; box <= last; ++box) {
       BarrierArriveExpect(&s.full[buffer][box], kBoxBytes);
       TmaLoad2d(s.kv[buffer] + box * kBoxBytes, &cache, &s.full[buffer][box], box * 64, block * 64,
-                kEvictNormal);
+                kEvictFirst);
     }
   };
   for (; list.Next(work); ++works) {
@@ -37,21 +38,20 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
     const int size = shape.schedule.SegmentBlocks(work.at.position);
     const int first = work.begin * size, end = min(work.end * size, blocks);
     const int32_t* const table = shape.block_tables + work.at.sequence * shape.max_blocks;
+    if (works > 0) BarrierWait(&s.q_empty, (works - 1) % 2);
+    if (lane == 0) {
+      BarrierArriveExpect(&s.q_full, kTileBytes);
+#pragma unroll 1
+      for (int box = 0; box < kBoxes; ++box) {
+        TmaLoad2d(s.q + box * kBoxBytes, &queries, &s.q_full, box * 64,
+                  work.row * shape.heads + Tile() * 64, kEvictFirst);
+      }
+    }
+    __syncwarp();
     int32_t entries = 0;
     for (int block = first; block < end; ++block) {
-      if ((block - first) % 32 == 0) entries = block + lane < end ? __ldg(table + block + lane) : 0;
+      if ((block - first) % 32 == 0) entries = block + lane < end ? table[block + lane] : 0;
       const int32_t id = __shfl_sync(~0u, entries, (block - first) % 32);
-      if (block == first) {
-        if (works > 0) BarrierWait(&s.q_empty, (works - 1) % 2);
-        if (lane == 0) {
-          BarrierArriveExpect(&s.q_full, kTileBytes);
-#pragma unroll 1
-          for (int box = 0; box < kBoxes; ++box) {
-            TmaLoad2d(s.q + box * kBoxBytes, &queries, &s.q_full, box * 64,
-                      work.row * shape.heads + Tile() * 64, kEvictNormal);
-          }
-        }
-      }
       const int buffer = block % 2;  // segments begin at even blocks
       const uint32_t use = uses[buffer]++;
       if (use > 0) BarrierWait(&s.empty[buffer][0], (use - 1) % 2);
@@ -63,182 +63,166 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
   }
 }
 
-// The blocks of a segment.
-struct Walk {
-  int first_block;
-  int blocks;
-  int last_block;  // of the row's context
-  int last;        // its last position
-  // The last position of a block of the segment that the row sees.
-  __device__ int LastOf(int block) const { return first_block + block == last_block ? last : 63; }
-};
-__device__ __forceinline__ Walk WalkSegment(const Shape& shape, const MlaWork& work, int segment) {
-  Walk w;
-  w.last_block = work.at.position / 64;
-  w.last = work.at.position % 64;
-  const int size = shape.schedule.SegmentBlocks(work.at.position);
-  w.first_block = segment * size;
-  w.blocks = min(size, w.last_block + 1 - w.first_block);
-  return w;
-}
-
 // Even blocks and columns 0 .. 255.
 __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = SharedAddress(&s) / 16;
-  MlaWorkList list(shape.schedule, Group(), s.shares);
-  MlaWork work;
-  uint32_t pairs = 0, works = 0, segments = 0;
-  for (; list.Next(work); ++works) {
-    BarrierWait(&s.q_full, works % 2);
-    Walk walk = WalkSegment(shape, work, work.begin);
-    float scores[32];
-    const auto first_scores = [&] {
-      if (walk.LastOf(0) < 63) ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
-      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 8);
-    };
-    first_scores();
-    WgmmaWait<0>();
-    KeepRegisters(scores);
-    if (walk.blocks > 1) NamedBarrierArrive(kScored, 256);
-    for (int segment = work.begin;; ++segment, ++segments) {
-      Output o;
-      MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-      float factor[2];
-      for (int block = 0;; block += 2) {
-        uint32_t p[4][4];
-        Softmax(scores, p, shape.scale_log2, walk.LastOf(block), state, factor);
-        if (pairs > 0) NamedBarrier(kEvenFree, 256);
-        ++pairs;
-        StoreProbabilities(s.p, p);
-        if (thread % 4 == 0) {
-          s.anchor[0][row] = state.anchor[0];
-          s.anchor[0][row + 8] = state.anchor[1];
-        }
-        ProxyFence();
-        NamedBarrierArrive(kEvenReady, 256);
-        if (block > 0) Rescale(o, factor);
-        AddValues(o, p, MnMajor(base, kEven), block > 0);
-        WgmmaWait<0>();
-        KeepRegisters(o);
-        Release(&s.empty[0][0]);
-        if (block + 1 == walk.blocks) break;
+  const uint32_t base = DescriptorBase(s);
+  SegmentCursor at(shape.schedule, Group(), s.shares);
+  if (!at.Next()) return;
+  uint32_t pairs = 0, works = 0;
+  float scores[32];
+  BarrierWait(&s.q_full, 0);
+  if (at.LastOf(0) < 63) ClearBeyond(s.kv[0], s.full[0], 0, at.LastOf(0), kClear);
+  Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], 0, 0, 8);
+  WgmmaWait<0>();
+  KeepRegisters(scores);
+  if (at.blocks() > 1) NamedBarrierArrive(kScored, 256);
+  for (uint32_t segments = 0;; ++segments) {
+    Output o;
+    MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    float factor[2];
+    bool more = true;
+    SegmentEnd end;
+    for (int block = 0, next = 0;; block = next) {
+      const bool last = block + 2 >= at.blocks();
+      if (last && at.LastOfWork()) Release(&s.q_empty);
+      uint32_t p[4][4];
+      Softmax(scores, p, shape.scale_log2, at.LastOf(block), state, factor, [](int) {});
+      if (pairs > 0) NamedBarrier(kEvenFree, 256);
+      ++pairs;
+      StoreProbabilities(s.p, p);
+      if (thread % 4 == 0) {
+        s.anchor[0][row] = state.anchor[0];
+        s.anchor[0][row + 8] = state.anchor[1];
+      }
+      ProxyFence();
+      NamedBarrierArrive(kEvenReady, 256);
+      if (block > 0) Rescale(o, factor);
+      AddValues(o, p, MnMajor(base, kEven), block > 0);
+      WgmmaWait<0>();
+      KeepRegisters(o);
+      Release(&s.empty[0][0]);
+      const bool odd = block + 1 < at.blocks();
+      if (odd) {
         NamedBarrier(kOddReady, 256);
         Follow(s.anchor[1], row, state, factor);
         Rescale(o, factor);
         AddValues(o, KMajor(base, kOdd + 8 * kBoxBytes), MnMajor(base, kOdd), true);
-        if (block + 2 == walk.blocks) {
+      }
+      if (last) {
+        PostSums(s, segments % 2, 0, row, state);
+        end = {at.work().row, at.segment(), at.work().Whole(), at.LastOfWork()};
+        more = at.Next();
+        if (!more) {
           WgmmaWait<0>();
           KeepRegisters(o);
-          Release(&s.empty[1][0]);
           break;
         }
-        // The next scores right behind these values.
-        if (walk.LastOf(block + 2) < 63) {
-          ClearBeyond(s.kv[0], s.full[0], pairs % 2, walk.last, kClear);
-        }
-        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 0);
-        WgmmaWait<1>();
-        Release(&s.empty[1][0]);
-        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 1, 7);
-        Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 8, 8);
-        WgmmaWait<1>();
-        if (block + 3 < walk.blocks) NamedBarrierArrive(kScored, 256);
-        WgmmaWait<0>();
-        KeepRegisters(scores);
-        KeepRegisters(o);
+        if (at.FirstOfWork()) BarrierWait(&s.q_full, ++works % 2);
+        next = 0;
+      } else {
+        next = block + 2;
       }
-      AddSums(s, segments % 2, 0, row, state);
-      if (segment + 1 == work.end) {
-        Release(&s.q_empty);
-        EndWork(shape, work, segment, 0, o, state);
-        ++segments;
-        break;
+      // The next scores right behind these values, also those of the next segment.
+      const int last_position = at.LastOf(next);
+      if (last_position < 63) {
+        ClearBeyond(s.kv[0], s.full[0], pairs % 2, last_position, kClear);
       }
-      walk = WalkSegment(shape, work, segment + 1);
-      first_scores();  // while this segment goes to memory
-      KeepSegment(shape, work, segment, 0, o, state);
+      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 0, 0);
+      WgmmaWait<1>();
+      if (odd) Release(&s.empty[1][0]);
+      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 1, 7);
+      Scores(scores, KMajor(base, kQ), KMajor(base, kEven), s.full[0], pairs % 2, 8, 8);
+      WgmmaWait<1>();
+      if (next + 1 < at.blocks()) NamedBarrierArrive(kScored, 256);
+      KeepRegisters(o);
+      if (last) break;
       WgmmaWait<0>();
       KeepRegisters(scores);
-      if (walk.blocks > 1) NamedBarrierArrive(kScored, 256);
+      KeepRegisters(o);
     }
+    FinishSegment(s, shape, end, segments % 2, 0, row, o, state);
+    WgmmaWait<0>();
+    KeepRegisters(scores);
+    if (!more) break;
   }
-  if (pairs > 0) NamedBarrier(kEvenFree, 256);
+  NamedBarrier(kEvenFree, 256);
 }
 
 // Odd blocks and columns 256 .. 511.
 __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = SharedAddress(&s) / 16;
-  MlaWorkList list(shape.schedule, Group(), s.shares);
-  MlaWork work;
-  uint32_t odds = 0, works = 0, segments = 0;
-  for (; list.Next(work); ++works) {
-    BarrierWait(&s.q_full, works % 2);
-    for (int segment = work.begin; segment < work.end; ++segment, ++segments) {
-      const Walk walk = WalkSegment(shape, work, segment);
-      Output o;
-      MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-      int block = 0;
-      float factor[2];
-      for (; block + 1 < walk.blocks; block += 2, ++odds) {
-        float scores[32];
-        const int last = walk.LastOf(block + 1);
-        if (last < 63) ClearBeyond(s.kv[1], s.full[1], odds % 2, last, kClear + 1);
-        // The tensor cores take turns: these scores while the even block's probabilities are made.
-        NamedBarrier(kScored, 256);
-        Scores(scores, KMajor(base, kQ), KMajor(base, kOdd), s.full[1], odds % 2, 0, 8);
-        NamedBarrier(kEvenReady, 256);
-        Follow(s.anchor[0], row, state, factor);
-        if (block > 0 && NeedsRescale(factor)) {
-          WgmmaWait<0>();  // accumulators are touched only when nothing is in flight
-          KeepRegisters(scores);
-          KeepRegisters(o);
-          Multiply(o, factor);
-        }
-        AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
-        WgmmaWait<1>();
-        KeepRegisters(scores);
-        uint32_t p[4][4];
-        Softmax(scores, p, shape.scale_log2, last, state, factor);
-        NamedBarrier(kClear + 1, 128);  // all have read the rope keys
-        StoreProbabilities(s.kv[1] + 8 * kBoxBytes, p);
-        if (thread % 4 == 0) {
-          s.anchor[1][row] = state.anchor[0];
-          s.anchor[1][row + 8] = state.anchor[1];
-        }
-        ProxyFence();
-        NamedBarrierArrive(kOddReady, 256);
-        WgmmaWait<0>();
-        KeepRegisters(o);
-        Release(&s.empty[0][1]);
-        NamedBarrierArrive(kEvenFree, 256);
-        Rescale(o, factor);
-        AddValues(o, p, MnMajor(base, kOdd + 4 * kBoxBytes), true);
-        WgmmaWait<0>();
-        KeepRegisters(o);
-        Release(&s.empty[1][1]);
+  const uint32_t base = DescriptorBase(s);
+  SegmentCursor at(shape.schedule, Group(), s.shares);
+  uint32_t odds = 0, works = 0;
+  for (uint32_t segments = 0; at.Next(); ++segments) {
+    if (at.FirstOfWork()) BarrierWait(&s.q_full, works++ % 2);
+    if (at.LastOfWork() && at.blocks() == 1) Release(&s.q_empty);
+    Output o;
+    MlaHeadState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    int block = 0;
+    float factor[2];
+    for (; block + 1 < at.blocks(); block += 2, ++odds) {
+      float scores[32];
+      const int last = at.LastOf(block + 1);
+      if (last < 63) ClearBeyond(s.kv[1], s.full[1], odds % 2, last, kClear + 1);
+      // The tensor cores take turns: these scores while the even block's probabilities are made.
+      NamedBarrier(kScored, 256);
+      Scores(scores, KMajor(base, kQ), KMajor(base, kOdd), s.full[1], odds % 2, 0, 8);
+      NamedBarrier(kEvenReady, 256);
+      Follow(s.anchor[0], row, state, factor);
+      WgmmaWait<0>();
+      KeepRegisters(scores);
+      KeepRegisters(o);
+      if (block > 0) Rescale(o, factor);
+      if (block + 3 >= at.blocks() && at.LastOfWork()) Release(&s.q_empty);
+      uint32_t p[4][4];
+      // A warp that issues a product stands still until the tensor cores take it, and the other
+      // half waits for these probabilities: the values of the even block go in step by step.
+      const uint32_t even_p = Uniform(KMajor(base, kP));
+      const uint32_t even_v = Uniform(MnMajor(base, kEven + 4 * kBoxBytes));
+      WgmmaFence();
+      Softmax(scores, p, shape.scale_log2, last, state, factor, [&](int step) {
+        if (step < kStepsInSoftmax) AddValuesStep(o, even_p, even_v, step, block > 0);
+      });
+      NamedBarrier(kClear + 1, 128);  // all have read the rope keys
+      StoreProbabilities(s.kv[1] + 8 * kBoxBytes, p);
+      if (thread % 4 == 0) {
+        s.anchor[1][row] = state.anchor[0];
+        s.anchor[1][row + 8] = state.anchor[1];
       }
-      if (block < walk.blocks) {  // an even block without an odd one
-        NamedBarrier(kEvenReady, 256);
-        Follow(s.anchor[0], row, state, factor);
-        if (block > 0) Rescale(o, factor);
-        AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
-        WgmmaWait<0>();
-        KeepRegisters(o);
-        Release(&s.empty[0][1]);
-        NamedBarrierArrive(kEvenFree, 256);
+      ProxyFence();
+      NamedBarrierArrive(kOddReady, 256);
+#pragma unroll
+      for (int step = kStepsInSoftmax; step < 4; ++step) {
+        AddValuesStep(o, even_p, even_v, step, block > 0);
       }
-      AddSums(s, segments % 2, 1, row, state);
-      if (segment + 1 == work.end) {
-        Release(&s.q_empty);
-        EndWork(shape, work, segment, 1, o, state);
-      } else {
-        KeepSegment(shape, work, segment, 1, o, state);
-      }
+      WgmmaCommit();
+      WgmmaWait<0>();
+      KeepRegisters(o);
+      Release(&s.empty[0][1]);
+      NamedBarrierArrive(kEvenFree, 256);
+      Rescale(o, factor);
+      AddValues(o, p, MnMajor(base, kOdd + 4 * kBoxBytes), true);
+      WgmmaWait<0>();
+      KeepRegisters(o);
+      Release(&s.empty[1][1]);
     }
+    if (block < at.blocks()) {  // an even block without an odd one
+      NamedBarrier(kEvenReady, 256);
+      Follow(s.anchor[0], row, state, factor);
+      if (block > 0) Rescale(o, factor);
+      AddValues(o, KMajor(base, kP), MnMajor(base, kEven + 4 * kBoxBytes), block > 0);
+      WgmmaWait<0>();
+      KeepRegisters(o);
+      Release(&s.empty[0][1]);
+      NamedBarrierArrive(kEvenFree, 256);
+    }
+    PostSums(s, segments % 2, 1, row, state);
+    FinishSegment(s, shape, {at.work().row, at.segment(), at.work().Whole(), at.LastOfWork()},
+                  segments % 2, 1, row, o, state);
   }
 }
 
@@ -280,23 +264,46 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kMergeCtas = 132 * 4;
 
+// The places of rows that several groups shared, in order; returns how many. All threads.
+__device__ __forceinline__ int ListSharedRows(const MlaSchedule& schedule, const MlaShares& shares,
+                                              int (&places)[kMaxSplitRows]) {
+  __shared__ int warp_counts[kMaxSplitRows / 32];
+  const int t = static_cast<int>(threadIdx.x);
+  const bool mine = t < schedule.m && IsShared(schedule, shares, t);
+  const uint32_t votes = __ballot_sync(~0u, mine);
+  if (t % 32 == 0) warp_counts[t / 32] = __popc(votes);
+  __syncthreads();
+  int before = 0, count = 0;
+#pragma unroll
+  for (int warp = 0; warp < kMaxSplitRows / 32; ++warp) {
+    if (warp == t / 32) before = count;
+    count += warp_counts[warp];
+  }
+  if (mine) places[before + __popc(votes & ((1u << t % 32) - 1))] = t;
+  __syncthreads();
+  return count;
+}
+
 // Merges the segments of rows that several groups shared.
 __global__ void __launch_bounds__(kMaxSplitRows)
     MergeSegments(const __grid_constant__ Shape shape) {
   __shared__ MlaShares shares;
+  __shared__ int places[kMaxSplitRows];
   MakeShares(shape.schedule, shares);  // from what MlaAttention too has waited for
+  const int count = ListSharedRows(shape.schedule, shares, places);
   WaitForPrecedingKernel();
   LetNextKernelStart();
   const int half = static_cast<int>(threadIdx.x) / 128,
             thread = static_cast<int>(threadIdx.x) % 128;
-  const int items = shape.schedule.m * shape.tiles * kPartialQuads;
+  const int items = count * shape.tiles * kPartialQuads;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int quad = item % kPartialQuads;
     const int tile = item / kPartialQuads % shape.tiles;
-    const int row = item / kPartialQuads / shape.tiles;
-    if (!IsShared(shape.schedule, shares, row)) continue;
+    const int place = places[item / kPartialQuads / shape.tiles];
+    const int row = shape.schedule.RowAt(place);
     const int size = shape.schedule.SegmentBlocks(shape.schedule.rows[row].position);
-    const int segments = (shares.first_block[row + 1] - shares.first_block[row] + size - 1) / size;
+    const int segments =
+        (shares.first_block[place + 1] - shares.first_block[place] + size - 1) / size;
     const int64_t stride = shape.tiles * 2 * kPartialHalf;
     const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
                                (tile * 2 + half) * kPartialHalf;
@@ -411,6 +418,7 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   map.cols = kMlaLatentDim;
   map.row_stride_bytes = 2 * kMlaLatentDim;
   map.box_rows = map.box_cols = 64;
+  map.l2_promotion = false;  // what a box leaves out, the next one asks for anyway
   map.base = p.q;
   map.rows = static_cast<uint64_t>(p.m * p.num_heads);
   ASSIGN_OR_RETURN(const CUtensorMap queries, EncodeMatrixMap(map));

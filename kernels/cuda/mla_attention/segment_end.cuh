@@ -6,18 +6,24 @@
 #include "kernels/cuda/mla_attention/tile.cuh"
 
 namespace moebius::kernels::cuda {
-// The sum over both warpgroups, at the end of a segment.
-__device__ __forceinline__ void AddSums(Shared& s, int parity, int half, int row,
-                                        MlaHeadState& state) {
+
+// The sum over both warpgroups, at the end of a segment: each half posts its part as soon as it is
+// complete and takes the other's when it needs the sum. Each half arrives where the other waits. A
+// warp comes back to a parity's barriers only after the other half has passed them: it has arrived
+// at the other parity's since.
+__device__ __forceinline__ void PostSums(Shared& s, int parity, int half, int row,
+                                         const MlaHeadState& state) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    state.sum[r] = __fadd_rn(state.sum[r], __shfl_xor_sync(~0u, state.sum[r], 1));
-    state.sum[r] = __fadd_rn(state.sum[r], __shfl_xor_sync(~0u, state.sum[r], 2));
-    if (threadIdx.x % 4 == 0) s.sums[parity][half][row + 8 * r] = state.sum[r];
+    float sum = state.sum[r];
+    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
+    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
+    if (threadIdx.x % 4 == 0) s.sums[parity][half][row + 8 * r] = sum;
   }
-  // Each half arrives where the other waits. A warp comes back to a parity's barriers only after
-  // the other half has passed them: it has arrived at the other parity's since.
   NamedBarrierArrive(kSums + 2 * parity + half, 256);
+}
+__device__ __forceinline__ void TakeSums(const Shared& s, int parity, int half, int row,
+                                         MlaHeadState& state) {
   NamedBarrier(kSums + 2 * parity + 1 - half, 256);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -28,22 +34,14 @@ __device__ __forceinline__ float4 Quad(const Output& o, int i) {
   return make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
 }
 
-__device__ __forceinline__ void StorePartial(float4* to, int thread, const Output& o,
-                                             const MlaHeadState& state) {
-  StoreState(to, thread, state);
-#pragma unroll
-  for (int i = 0; i < kPartialQuads; ++i) to[i * 128 + thread] = Quad(o, i);
-}
-
 // Where this CTA keeps the merged segments of a row that it computes alone, and where a segment of
 // a shared row goes.
 __device__ __forceinline__ float4* Chain(const Shape& shape, int half) {
   return shape.chains + (int64_t{blockIdx.y * gridDim.x + blockIdx.x} * 2 + half) * kPartialHalf;
 }
-__device__ __forceinline__ float4* Slot(const Shape& shape, const MlaWork& work, int segment,
-                                        int half) {
+__device__ __forceinline__ float4* Slot(const Shape& shape, int row, int segment, int half) {
   return shape.segments +
-         (((int64_t{work.row} * shape.max_segments + segment) * shape.tiles + Tile()) * 2 + half) *
+         (((int64_t{row} * shape.max_segments + segment) * shape.tiles + Tile()) * 2 + half) *
              kPartialHalf;
 }
 
@@ -79,34 +77,33 @@ __device__ __forceinline__ bool HasHeads(const Shape& shape, int warp) {
   return 16 * warp < shape.heads - 64 * Tile();
 }
 
-// The end of a segment that is not the last of its work.
-__device__ __forceinline__ void KeepSegment(const Shape& shape, const MlaWork& work, int segment,
-                                            int half, Output& o, MlaHeadState& state) {
+struct SegmentEnd {
+  int row, segment;
+  bool whole;  // the CTA computes all of the row
+  bool last;   // of the work
+};
+
+// What becomes of a segment's output: part of the chain, a slot of a shared row, or the row.
+__device__ __forceinline__ void FinishSegment(const Shared& s, const Shape& shape,
+                                              const SegmentEnd& end, int parity, int half, int row,
+                                              Output& o, MlaHeadState& state) {
   int thread = static_cast<int>(threadIdx.x) % 128;
   asm volatile("" : "+r"(thread));  // addresses made here, not kept through the loops
+  TakeSums(s, parity, half, row, state);
   if (!HasHeads(shape, thread / 32)) return;
-  const bool whole = work.Whole();
-  float4* const to = whole ? Chain(shape, half) : Slot(shape, work, segment, half);
-  if (whole && segment > 0) MergeChain(to, thread, o, state);
-  StorePartial(to, thread, o, state);
-}
-
-// The end of the last segment of a work.
-__device__ __forceinline__ void EndWork(const Shape& shape, const MlaWork& work, int segment,
-                                        int half, Output& o, MlaHeadState& state) {
-  int thread = static_cast<int>(threadIdx.x) % 128;
-  asm volatile("" : "+r"(thread));
-  if (!HasHeads(shape, thread / 32)) return;
-  if (!work.Whole()) {
-    StorePartial(Slot(shape, work, segment, half), thread, o, state);
-    return;
-  }
-  if (segment > 0) MergeChain(Chain(shape, half), thread, o, state);
-  const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
-  const MlaOutput out{shape.out + (int64_t{work.row} * shape.heads + Tile() * 64) * kMlaLatentRank,
-                      min(64, shape.heads - Tile() * 64)};
+  float4* const to = end.whole ? Chain(shape, half) : Slot(shape, end.row, end.segment, half);
+  if (end.whole && end.segment > 0) MergeChain(to, thread, o, state);
+  if (end.whole && end.last) {
+    const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
+    const MlaOutput out{shape.out + (int64_t{end.row} * shape.heads + Tile() * 64) * kMlaLatentRank,
+                        min(64, shape.heads - Tile() * 64)};
 #pragma unroll
-  for (int i = 0; i < kPartialQuads; ++i) StoreQuad(out, half, i, thread, Quad(o, i), inverse);
+    for (int i = 0; i < kPartialQuads; ++i) StoreQuad(out, half, i, thread, Quad(o, i), inverse);
+  } else {
+    StoreState(to, thread, state);
+#pragma unroll
+    for (int i = 0; i < kPartialQuads; ++i) to[i * 128 + thread] = Quad(o, i);
+  }
 }
 
 }  // namespace moebius::kernels::cuda

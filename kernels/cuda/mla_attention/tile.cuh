@@ -62,6 +62,9 @@ struct Shape {
 __device__ __forceinline__ int Group() { return static_cast<int>(blockIdx.y); }
 __device__ __forceinline__ int Tile() { return static_cast<int>(blockIdx.x); }
 
+// Steps of the even block's values that the odd half issues within its softmax; the others follow.
+constexpr int kStepsInSoftmax = 2;
+
 // A warpgroup's accumulators: one half of the columns for 64 heads.
 using Output = float[128];
 
@@ -69,6 +72,10 @@ using Output = float[128];
 // all lanes goes to uniform registers, which wgmma reads; else dozens are kept in others.
 __device__ __forceinline__ uint64_t Descriptor(uint32_t low) {
   return (uint64_t{0x40000000 | (1024 >> 4)} << 32) | low;
+}
+// Where `s` begins, in units of 16 bytes. Higher bits of an address name a CTA of a cluster.
+__device__ __forceinline__ uint32_t DescriptorBase(const Shared& s) {
+  return (SharedAddress(&s) & 0x3ffff) / 16;
 }
 __device__ __forceinline__ uint32_t Uniform(uint32_t low) { return __shfl_sync(~0u, low, 0); }
 // Low words for what lies `offset` bytes into shared memory that begins at 16 * base.
@@ -115,8 +122,11 @@ __device__ __forceinline__ void ClearBeyond(uint8_t* tile, uint64_t* full, uint3
 
 // Scores of a block to probabilities in BF16, as the operand A of four k16; positions beyond `last`
 // weigh exactly 0. `factor` is what sums so far must be multiplied with; state moves on.
+// `between(0)` to `between(3)` are called along the way: to issue products.
+template <typename Between>
 __device__ __forceinline__ void Softmax(float (&scores)[32], uint32_t (&p)[4][4], float scale_log2,
-                                        int last, MlaHeadState& state, float (&factor)[2]) {
+                                        int last, MlaHeadState& state, float (&factor)[2],
+                                        Between between) {
   const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
   if (last < 63) {
 #pragma unroll
@@ -124,46 +134,68 @@ __device__ __forceinline__ void Softmax(float (&scores)[32], uint32_t (&p)[4][4]
       if (8 * (i / 4) + column + i % 2 > last) scores[i] = -INFINITY;
     }
   }
+  // Both rows step by step: their chains of latencies overlap.
+  float most[2][8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      most[r][j] = fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]);
+  }
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) most[r][j] = fmaxf(most[r][j], most[r][j + half]);
+    }
+  }
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      most[r][0] = fmaxf(most[r][0], __shfl_xor_sync(~0u, most[r][0], lanes));
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float most = fmaxf(scores[2 * r], scores[2 * r + 1]);
-#pragma unroll
-    for (int j = 1; j < 8; ++j)
-      most = fmaxf(most, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    const float anchor = fmaxf(state.anchor[r], ceilf(__fmul_rn(most, scale_log2)));
+    const float anchor = fmaxf(state.anchor[r], ceilf(__fmul_rn(most[r][0], scale_log2)));
     factor[r] = Exp2(__fsub_rn(state.anchor[r], anchor));
     state.anchor[r] = anchor;
-    // The sum is of the rounded values, so that a rounding error cancels where one position has
-    // most of the weight.
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float* const x = scores + 4 * j + 2 * r;
-      const uint32_t pair = PackBf16(Exp2(__fmaf_rn(x[0], scale_log2, -anchor)),
-                                     Exp2(__fmaf_rn(x[1], scale_log2, -anchor)));
-      p[j / 2][j % 2 * 2 + r] = pair;
-      sum = __fadd_rn(sum,
-                      __fadd_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)));
-    }
-    state.sum[r] = __fmaf_rn(state.sum[r], factor[r], sum);
   }
+  // The sum is of the rounded values, so that a rounding error cancels where one position has most
+  // of the weight.
+  float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (j % 2 == 0) between(j / 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float* const x = scores + 4 * j + 2 * r;
+      const uint32_t pair = PackBf16(Exp2(__fmaf_rn(x[0], scale_log2, -state.anchor[r])),
+                                     Exp2(__fmaf_rn(x[1], scale_log2, -state.anchor[r])));
+      p[j / 2][j % 2 * 2 + r] = pair;
+      sum[r] = __fadd_rn(
+          sum[r], __fadd_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)));
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) state.sum[r] = __fmaf_rn(state.sum[r], factor[r], sum[r]);
 }
 
-// The other warpgroup's copy of the probabilities: a tile of 64 heads x 64 positions.
+// The other warpgroup's copy of the probabilities: a tile of 64 heads x 64 positions. A lane names
+// the place of one row of 8 positions in each of four 8 x 8 matrices.
 __device__ __forceinline__ void StoreProbabilities(uint8_t* to, const uint32_t (&p)[4][4]) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int row = 16 * (thread / 32) + thread % 32 / 4;
+  int thread = static_cast<int>(threadIdx.x) % 128;
+  asm volatile("" : "+r"(thread));  // four addresses made here, not kept
+  const int row = 16 * (thread / 32) + thread % 16;
+  const uint32_t at = SharedAddress(to) + row * 128;
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int chunk = 2 * step + i / 2;  // of 8 positions
-      const int r = row + 8 * (i % 2);
-      *reinterpret_cast<uint32_t*>(to + r * 128 + ((chunk ^ (r & 7)) * 16) + 4 * (thread % 4)) =
-          p[step][i];
-    }
+    const int chunk = 2 * step + thread % 32 / 16;  // of 8 positions
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     at + ((chunk ^ (row & 7)) * 16)),
+                 "r"(p[step][0]), "r"(p[step][1]), "r"(p[step][2]), "r"(p[step][3])
+                 : "memory");
   }
 }
 
@@ -191,16 +223,18 @@ __device__ __forceinline__ void AddValues(Output& o, const uint32_t (&p)[4][4], 
   }
   WgmmaCommit();
 }
+// One of four steps; p and v uniform.
+__device__ __forceinline__ void AddValuesStep(Output& o, uint32_t p, uint32_t v, int step,
+                                              bool accumulate) {
+  WgmmaFence();
+  WgmmaInstruction<Bf16Operands, 256>::SharedTransposedB(
+      o, Descriptor(p + 32 / 16 * step), Descriptor(v + 2048 / 16 * step), step > 0 || accumulate);
+}
 __device__ __forceinline__ void AddValues(Output& o, uint32_t p, uint32_t v, bool accumulate) {
   p = Uniform(p);
   v = Uniform(v);
-  WgmmaFence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    WgmmaInstruction<Bf16Operands, 256>::SharedTransposedB(o, Descriptor(p + 32 / 16 * step),
-                                                           Descriptor(v + 2048 / 16 * step),
-                                                           step > 0 || accumulate);
-  }
+  for (int step = 0; step < 4; ++step) AddValuesStep(o, p, v, step, accumulate);
   WgmmaCommit();
 }
 
