@@ -35,12 +35,27 @@ __device__ __forceinline__ void KeepRegisters(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// `pointer`, of which the compiler does not know how to compute it again: where it would, in a
+// loop, from registers that are slow to read.
+template <typename T>
+__device__ __forceinline__ T* Kept(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // Descriptor of a K-major operand in 128-byte swizzled rows; `address` is a shared-memory address
 // (inside the first 8-row group of a 1024-aligned tile; a K offset of a multiple of 32 bytes
 // added).
 __device__ __forceinline__ uint64_t KMajorDescriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
          (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+}
+
+// `descriptor` of an operand `bytes` (a multiple of 16) farther. Cheaper than another one made from
+// an address, whose dependent steps stand between one wgmma and the next.
+__device__ __forceinline__ uint64_t AdvanceDescriptor(uint64_t descriptor, uint32_t bytes) {
+  // Shared memory ends below 256 KB: nothing is carried out of the address's 14 bits.
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
 // Descriptor of an MN-major 16-bit operand (...TransposedA, ...TransposedB): row k of a tile holds

@@ -2,10 +2,13 @@
 
 #include "base/status_macros.h"
 #include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/device/dependent_launch.cuh"
+#include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/device/wgmma.cuh"
-#include "kernels/cuda/fp8_linear/cluster.cuh"
 #include "kernels/cuda/fp8_linear/output.cuh"
 #include "kernels/cuda/fp8_linear/paths.h"
 
@@ -20,13 +23,15 @@ constexpr int kScaleBlocks = 16;
 struct Small {
   int m, n, k_blocks;
   int segments, segment_blocks;
+  int groups_each;  // of 8 tokens, that each CTA of a cluster merges and stores; the last ones
+                    // fewer
   int stages;
   const float* x_scales;
   const float* weight_scales;
   uint16_t* out;
   int64_t out_stride;
-  bool dependent;    // the grid in front may still run
-  bool wide_stores;  // rows of `out` are 16-aligned
+  bool weights_resident;  // no kernel in front writes weights
+  bool wide_stores;       // rows of `out` are 16-aligned
 };
 
 // Weight rows and token rows of a tile. A stage holds one block of K of both.
@@ -42,8 +47,9 @@ struct SmallTile {
   static constexpr int kWeightBytes = kRows * kFp8Block;
   static constexpr int kTokenBytes = kTokens * kFp8Block;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  // Scales of the tokens, of 16 blocks at a time and the next 16: [16][kScalePitch] floats. The
-  // pitch spreads the blocks of a token over the banks.
+  // Scales, of 16 blocks at a time and the next 16: [16][kScalePitch] floats, for a block those of
+  // the tokens and those of up to two rows of weight blocks. The pitch spreads the blocks of a
+  // token over the banks.
   static constexpr int kScalePitch = kTokens + 2;
   static constexpr int kScaleBytes = 2 * kScaleBlocks * kScalePitch * 4;
   // Output rows of a token, staged where stages were. The padding spreads stmatrix over all banks.
@@ -51,12 +57,6 @@ struct SmallTile {
   // Sums that arrive from the segments: 16 bytes a thread, segment and 8 tokens.
   static constexpr int kGroupBytes = 16 * kThreads;
 };
-
-// Each CTA of a cluster merges and stores so many whole groups of 8 tokens; the last ones fewer or
-// none.
-__host__ __device__ constexpr int MergedGroups(int tokens, int segments) {
-  return (tokens / 8 + segments - 1) / segments;
-}
 
 // Warpgroups 0 .. kGroups - 1 multiply, one warp more keeps copies in flight. kSets: sets of
 // accumulators; with two, a block is scaled while the next is multiplied.
@@ -77,40 +77,35 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
   const int blocks = min(shape.segment_blocks, shape.k_blocks - block0);
   // The same for a warp, which the compiler is told, so that descriptors are made once for all.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int groups_each = MergedGroups(kTokens, shape.segments);
-  const int my_groups = min(groups_each, kTokens / 8 - segment * groups_each);
-
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < shape.stages; ++s) {
-      BarrierInit(&full[s], 1);
-      BarrierInit(&empty[s], 4 * kGroups);
-    }
-    BarrierInit(&merged, 1);
-    BarrierInitFence();
-    if (shape.segments > 1 && my_groups > 0)
-      BarrierArriveExpect(&merged, shape.segments * my_groups * T::kGroupBytes);
-  }
-  __syncthreads();
-  if (shape.segments > 1) ClusterArrive();
-  LaunchDependents();
+  const int my_groups = min(shape.groups_each, kTokens / 8 - segment * shape.groups_each);
 
   if (warp >= 4 * kGroups) {
-    if constexpr (T::kMoveRegisters) {
-      RegistersDown<T::kLoaderRegisters>();
-      if (warp > 4 * kGroups) {
-        if (shape.segments > 1) ClusterWait();
-        return;
+    // The loading warp makes the barriers, so that it need not wait for anybody.
+    if (warp == 4 * kGroups) {
+      if (lane < kMostStages) {
+        BarrierInit(&full[lane], 1);
+        BarrierInit(&empty[lane], 4 * kGroups);
       }
+      if (lane == kMostStages) {
+        BarrierInit(&merged, 1);
+        if (shape.segments > 1 && my_groups > 0)
+          BarrierArriveExpect(&merged, (shape.segments - 1) * my_groups * T::kGroupBytes);
+      }
+      BarrierInitFence();
+      __syncwarp();
+      NamedBarrierArrive(2, T::kThreads + 32);
     }
-    if (lane == 0) {
+    if (shape.segments > 1) ClusterArriveRelaxed();
+    if constexpr (T::kMoveRegisters) RegistersDown<T::kLoaderRegisters>();
+    if (warp == 4 * kGroups && lane == 0) {
       const auto load_weights = [&](int block, int s) {
         BarrierArriveExpect(&full[s], T::kStageBytes);
         TmaLoad2d(stages + s * T::kStageBytes, &weights, &full[s], (block0 + block) * kFp8Block,
                   weight0, kEvictFirst);
       };
-      const int ahead = shape.dependent ? min(shape.stages, blocks) : 0;
+      const int ahead = shape.weights_resident ? min(shape.stages, blocks) : 0;
       for (int block = 0; block < ahead; ++block) load_weights(block, block);
-      WaitForGridsInFront();  // weights are nobody's output; rows are
+      WaitForPrecedingKernel();
       int s = 0, parity = 1;
       for (int block = 0; block < blocks; ++block) {
         if (block >= ahead) {
@@ -129,29 +124,58 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
     if (shape.segments > 1) ClusterWait();
     return;
   }
+  if (shape.segments > 1) ClusterArriveRelaxed();
+  LetNextKernelStart();
 
   if constexpr (T::kMoveRegisters) RegistersUp<T::kRegisters>();
   const int group = warp / 4;
-  const float* const weight_scale =
-      shape.weight_scales +
-      static_cast<int64_t>(min(weight0 + 64 * group, shape.n - 1) / kFp8Block) * shape.k_blocks +
-      block0;
   float sum[kTokens / 2];
   float part[kSets][kTokens / 2];
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
-  float next_scale = blocks > 0 ? __ldg(weight_scale) : 0.0f;
+
+  // Scales of blocks 16 i .. 16 i + 15 of this segment, on their way to shared memory.
+  const int first_weight_block = weight0 / kFp8Block;
+  const auto load_scales = [&](int i) {
+    const int in = threadIdx.x % kScaleBlocks;
+    if (i * kScaleBlocks + in >= blocks) return;
+    const int column = block0 + i * kScaleBlocks + in;
+    float* const to = scales + (i % 2 * kScaleBlocks + in) * T::kScalePitch;
+    const auto copy = [&](float* to, const float* from) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
+                   : "memory");
+    };
+    const int thread_row = threadIdx.x / kScaleBlocks;
+    // Rows beyond m or n are computed with any scale that exists, and not stored.
+#pragma unroll
+    for (int r = 0; r < kTokens; r += T::kThreads / kScaleBlocks) {
+      const int t = r + thread_row;
+      if (kTokens % (T::kThreads / kScaleBlocks) != 0 && t >= kTokens) break;
+      const int row = min(token0 + t, shape.m - 1);
+      copy(to + t, shape.x_scales + static_cast<int64_t>(row) * shape.k_blocks + column);
+    }
+    if (thread_row < 2) {
+      const int row = min(first_weight_block + thread_row, (shape.n - 1) / kFp8Block);
+      copy(to + kTokens + thread_row,
+           shape.weight_scales + static_cast<int64_t>(row) * shape.k_blocks + column);
+    }
+  };
+  WaitForPrecedingKernel();
+  load_scales(0);
+  NamedBarrier(2, T::kThreads + 32);  // the barriers exist
 
   int issue_stage = 0, issue_parity = 0;
+  const uint64_t weight_operand = KMajorDescriptor(SharedAddress(stages) + group * 64 * kFp8Block);
+  const uint64_t token_operand = KMajorDescriptor(SharedAddress(stages) + T::kWeightBytes);
   const auto multiply = [&](float(&d)[kTokens / 2]) {
     BarrierWait(&full[issue_stage], issue_parity);
-    const uint32_t stage = SharedAddress(stages + issue_stage * T::kStageBytes);
+    const uint64_t a = AdvanceDescriptor(weight_operand, issue_stage * T::kStageBytes);
+    const uint64_t b = AdvanceDescriptor(token_operand, issue_stage * T::kStageBytes);
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kFp8Block / 32; ++step) {
-      WgmmaInstruction<E4m3Operands, kTokens>::Shared(
-          d, KMajorDescriptor(stage + group * 64 * kFp8Block + 32 * step),
-          KMajorDescriptor(stage + T::kWeightBytes + 32 * step), step != 0);
+      WgmmaInstruction<E4m3Operands, kTokens>::Shared(d, AdvanceDescriptor(a, 32 * step),
+                                                      AdvanceDescriptor(b, 32 * step), step != 0);
     }
     WgmmaCommit();
     if (++issue_stage == shape.stages) {
@@ -159,43 +183,29 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
       issue_parity ^= 1;
     }
   };
-  // Scales of blocks 16 i .. 16 i + 15 of this segment, on their way to shared memory.
-  const auto load_scales = [&](int i) {
-    const int count = min(kScaleBlocks, blocks - i * kScaleBlocks);
-    const int in = threadIdx.x % kScaleBlocks;
-    if (in < count) {
-      for (int t = threadIdx.x / kScaleBlocks; t < kTokens; t += T::kThreads / kScaleBlocks) {
-        // Rows beyond m are computed with any scale of a row that exists, and not stored.
-        const int row = min(token0 + t, shape.m - 1);
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
-                         SharedAddress(scales + (i % 2 * kScaleBlocks + in) * T::kScalePitch + t)),
-                     "l"(shape.x_scales + static_cast<int64_t>(row) * shape.k_blocks + block0 +
-                         i * kScaleBlocks + in)
-                     : "memory");
-      }
-    }
-  };
-  WaitForGridsInFront();
-  load_scales(0);
+  // Where this thread finds the scales of its columns, and of its warpgroup's weight rows.
+  const float* const column_scales = scales + 2 * (lane % 4);
+  const float* const row_scale =
+      scales + kTokens + ((weight0 + 64 * group) / kFp8Block - first_weight_block);
+  uint64_t* const released = Kept(empty);
   int scale_stage = 0;
   // Adds a block's products, of which at most kPending blocks are still being multiplied.
   const auto add = [&]<int kPending>(float(&d)[kTokens / 2], int block) {
-    const float scale_w = next_scale;
-    next_scale = __ldg(weight_scale + min(block + 1, blocks - 1));
     if (block % kScaleBlocks == 0) {
       asm volatile("cp.async.wait_all;" ::: "memory");
       NamedBarrier(1, T::kThreads);  // all have theirs, and nobody reads the 16 before
       load_scales(block / kScaleBlocks + 1);
     }
-    const float* const scale_x = scales + block % (2 * kScaleBlocks) * T::kScalePitch;
+    const int at = block % (2 * kScaleBlocks) * T::kScalePitch;
+    const float scale_w = row_scale[at];
     const auto scales_of = [&](int j, float(&scale)[2]) {
-      const float2 pair = *reinterpret_cast<const float2*>(scale_x + 8 * j + 2 * (lane % 4));
+      const float2 pair = *reinterpret_cast<const float2*>(column_scales + at + 8 * j);
       scale[0] = __fmul_rn(pair.x, scale_w);
       scale[1] = __fmul_rn(pair.y, scale_w);
     };
     const auto release = [&] {
       __syncwarp();
-      if (lane == 0) BarrierArrive(&empty[scale_stage]);
+      if (lane == 0) BarrierArrive(&released[scale_stage]);
     };
     constexpr bool kAhead = kTokens < 128;  // scales are read while the products are made
     float scale[kTokens / 8][2];
@@ -253,54 +263,79 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
       stage_group(j, {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]});
   } else {
     ClusterWait();  // the others' barriers exist
-    const uint32_t mine =
-        SharedAddress(arriving) + segment * groups_each * T::kGroupBytes + 16 * threadIdx.x;
+    // What a CTA adds is kept [segment][group][thread], its own sums too.
+    uint8_t* const thread_arriving = arriving + 16 * threadIdx.x;
+    uint8_t* const from_here = thread_arriving + segment * shape.groups_each * T::kGroupBytes;
     int to = 0, place = 0;
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      StoreAsync(ClusterAddress(mine + place * T::kGroupBytes, to),
-                 {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]},
-                 ClusterAddress(SharedAddress(&merged), to));
-      if (++place == groups_each) {
+      uint8_t* const at = from_here + place * T::kGroupBytes;
+      if (to == segment) {
+        *reinterpret_cast<float4*>(at) =
+            make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+      } else {
+        StoreAsync(ClusterAddress(SharedAddress(at), to),
+                   {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]},
+                   ClusterAddress(SharedAddress(&merged), to));
+      }
+      if (++place == shape.groups_each) {
         place = 0;
         ++to;
       }
     }
     if (my_groups <= 0) return;
-    BarrierWaitForCluster(&merged, 0);  // and with this CTA's own sums, nobody reads the stages
-    for (int j = 0; j < my_groups; ++j) {
-      float v[4];
-      for (int from = 0; from < shape.segments; ++from) {
-        const float4 a = *reinterpret_cast<const float4*>(
-            arriving + (from * groups_each + j) * T::kGroupBytes + 16 * threadIdx.x);
-        v[0] = from == 0 ? a.x : __fadd_rn(v[0], a.x);
-        v[1] = from == 0 ? a.y : __fadd_rn(v[1], a.y);
-        v[2] = from == 0 ? a.z : __fadd_rn(v[2], a.z);
-        v[3] = from == 0 ? a.w : __fadd_rn(v[3], a.w);
+    NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
+    BarrierWaitForCluster(&merged, 0);
+    constexpr int kAtOnce = kTokens < 32 ? kTokens / 8 : 4;
+    for (int j = 0; j < my_groups; j += kAtOnce) {
+      float4 v[kAtOnce];
+      const auto from = [&](int other, int u) {
+        return *reinterpret_cast<const float4*>(
+            thread_arriving +
+            (other * shape.groups_each + min(j + u, my_groups - 1)) * T::kGroupBytes);
+      };
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) v[u] = from(0, u);
+#pragma unroll 1
+      for (int other = 1; other < shape.segments; ++other) {
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+          const float4 a = from(other, u);
+          v[u] = {__fadd_rn(v[u].x, a.x), __fadd_rn(v[u].y, a.y), __fadd_rn(v[u].z, a.z),
+                  __fadd_rn(v[u].w, a.w)};
+        }
       }
-      stage_group(j, v);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (j + u < my_groups) stage_group(j + u, {v[u].x, v[u].y, v[u].z, v[u].w});
     }
-    first += segment * groups_each * 8;
+    first += segment * shape.groups_each * 8;
     count = my_groups * 8;
   }
   NamedBarrier(1, T::kThreads);
-  for (int i = threadIdx.x; i < count * (T::kRows / 8); i += T::kThreads) {
-    const int token = i / (T::kRows / 8), chunk = i % (T::kRows / 8);
-    const int row = weight0 + 8 * chunk;
-    if (first + token >= shape.m || row >= shape.n) continue;
-    const uint8_t* const from = stages + token * T::kPitch + 16 * chunk;
-    uint16_t* const to = shape.out + (first + token) * shape.out_stride + row;
-    if (shape.wide_stores && row + 8 <= shape.n) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int e = 0; e < min(8, shape.n - row); ++e)
-        to[e] = reinterpret_cast<const uint16_t*>(from)[e];
+  const int rows = min(T::kRows, shape.n - weight0);
+  count = min(count, shape.m - first);
+  if (shape.wide_stores && rows == T::kRows) {
+    constexpr int kChunks = T::kRows / 8;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < count * kChunks; i += T::kThreads) {
+      const int token = i / kChunks, chunk = i % kChunks;
+      *reinterpret_cast<uint4*>(shape.out + (first + token) * shape.out_stride + weight0 +
+                                8 * chunk) =
+          *reinterpret_cast<const uint4*>(stages + token * T::kPitch + 16 * chunk);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * rows; i += T::kThreads) {
+      const int token = i / rows, row = i % rows;
+      shape.out[(first + token) * shape.out_stride + weight0 + row] =
+          *reinterpret_cast<const uint16_t*>(stages + token * T::kPitch + 2 * row);
     }
   }
 }
 
 template <int kTokens, int kGroups>
-absl::Status Launch(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
+absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
   // A single warpgroup has nobody else to multiply while it scales.
   constexpr int kSets = kGroups == 1 && kTokens <= 64 ? 2 : 1;
   using T = SmallTile<kTokens, kGroups>;
@@ -322,41 +357,30 @@ absl::Status Launch(const Fp8LinearParams& p, int segments, cudaStream_t stream)
   shape.k_blocks = static_cast<int>((p.k + kFp8Block - 1) / kFp8Block);
   shape.segment_blocks = (shape.k_blocks + segments - 1) / segments;
   segments = shape.segments = (shape.k_blocks + shape.segment_blocks - 1) / shape.segment_blocks;
-  shape.dependent = p.weights_resident;
+  shape.groups_each = (kTokens / 8 + segments - 1) / segments;
+  shape.weights_resident = p.weights_resident;
   shape.x_scales = p.x_scales;
   shape.weight_scales = p.weight_scales;
   shape.out = reinterpret_cast<uint16_t*>(p.out);
   shape.out_stride = p.out_stride;
   shape.wide_stores = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.out_stride % 8 == 0;
-  const int arriving =
-      segments == 1 ? 0 : segments * MergedGroups(kTokens, segments) * T::kGroupBytes;
+  const int arriving = segments == 1 ? 0 : segments * shape.groups_each * T::kGroupBytes;
   const int budget = kSharedBytes - 1024 - T::kScaleBytes - arriving;
   shape.stages = std::min({kMostStages, shape.segment_blocks, budget / T::kStageBytes});
   if (shape.stages < std::min(2, shape.segment_blocks))
     return absl::InternalError("Fp8LinearSmall: a tile too large for shared memory");
   const int needed = kTokens * T::kPitch;  // staged rows where stages were
-  const int bytes =
-      1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, needed) + arriving;
-
-  const auto kernel = Fp8LinearSmall<kTokens, kGroups, kSets>;
-  RETURN_IF_ERROR(
-      ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "Fp8LinearSmall"));
-  cudaLaunchConfig_t config = {};
-  config.gridDim =
+  LaunchShape launch;
+  launch.grid =
       dim3(static_cast<unsigned>((p.n + T::kRows - 1) / T::kRows),
            static_cast<unsigned>((p.m + kTokens - 1) / kTokens), static_cast<unsigned>(segments));
-  config.blockDim = dim3(T::kAllThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {1, 1, static_cast<unsigned>(segments)};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = p.weights_resident ? 2 : 1;
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, weights, tokens, shape), "Fp8LinearSmall");
+  launch.cluster = dim3(1, 1, static_cast<unsigned>(segments));
+  launch.threads = T::kAllThreads;
+  launch.shared_bytes =
+      1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, needed) + arriving;
+  launch.overlaps = true;
+  return Launch("Fp8LinearSmall", Fp8LinearSmall<kTokens, kGroups, kSets>, launch, stream, weights,
+                tokens, shape);
 }
 
 // The narrowest tile that gives every CTA a multiprocessor of its own; widest where none does.
@@ -366,9 +390,9 @@ absl::Status LaunchFor(const Fp8LinearParams& p, int segments, cudaStream_t stre
   const auto fits = [&](int64_t rows) {
     return tiles * ((p.n + rows - 1) / rows) <= MultiprocessorCount();
   };
-  if (fits(64)) return Launch<kTokens, 1>(p, segments, stream);
-  if (fits(128)) return Launch<kTokens, 2>(p, segments, stream);
-  return Launch<kTokens, 3>(p, segments, stream);
+  if (fits(64)) return LaunchTiles<kTokens, 1>(p, segments, stream);
+  if (fits(128)) return LaunchTiles<kTokens, 2>(p, segments, stream);
+  return LaunchTiles<kTokens, 3>(p, segments, stream);
 }
 
 }  // namespace

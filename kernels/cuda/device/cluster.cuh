@@ -1,9 +1,8 @@
 #pragma once
 
 // What CTAs of a cluster do to each other's shared memory (PTX ISA, "cluster", "st.async",
-// "mbarrier"), and how a grid starts before the one in front of it has ended (PTX ISA,
-// "griddepcontrol"). CTAs of a cluster lay out their shared memory alike: an address of one's own
-// names the same thing in another.
+// "mbarrier"). They lay out their shared memory alike: an address of one's own names the same thing
+// in another.
 
 #include <cuda.h>
 
@@ -16,6 +15,11 @@ namespace moebius::kernels::cuda {
 // ClusterBarrier in two halves: what a thread wrote before it arrives is seen by those that waited.
 __device__ __forceinline__ void ClusterArrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+// The same where nothing but barriers was made before (BarrierInitFence): the release of all memory
+// costs hundreds of cycles.
+__device__ __forceinline__ void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -57,35 +61,6 @@ __device__ __forceinline__ void TmaLoad2dTo(uint16_t ctas, void* to, const CUten
           SharedAddress(to)),
       "l"(map), "r"(SharedAddress(barrier)), "r"(x), "r"(y), "h"(ctas), "l"(policy)
       : "memory");
-}
-
-// Copies a box from shared memory (ordered by ProxyFence) to a tensor map's matrix, clipped to it.
-// One thread stores and commits; it waits until the shared memory may be written again
-// (StoresHaveRead) or until all is in memory (StoresDone).
-__device__ __forceinline__ void TmaStore2d(const CUtensorMap* map, const void* from, int32_t x,
-                                           int32_t y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-      "r"(SharedAddress(from)), "r"(x), "r"(y)
-      : "memory");
-}
-__device__ __forceinline__ void StoresCommit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void StoresHaveRead() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-__device__ __forceinline__ void StoresDone() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
-// Lets the next grid of the stream start as multiprocessors come free, if it was launched so.
-__device__ __forceinline__ void LaunchDependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-// Waits until all grids in front have ended and their writes are visible.
-__device__ __forceinline__ void WaitForGridsInFront() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 }  // namespace moebius::kernels::cuda
