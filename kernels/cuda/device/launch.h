@@ -27,9 +27,9 @@ struct LaunchShape {
 template <typename... Params>
 absl::Status Launch(absl::string_view name, void (*kernel)(Params...), const LaunchShape& shape,
                     cudaStream_t stream, const Params&... params) {
-  RETURN_IF_ERROR(ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                shape.shared_bytes),
-                           name));
+  RETURN_IF_ERROR(ToStatus(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+      name));
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);

@@ -35,14 +35,14 @@ struct Small {
 };
 
 // Weight rows and token rows of a tile. A stage holds one block of K of both.
-template <int kTokens, int kGroups>
+template <int kTokens, int kGroups, int kParts>
 struct SmallTile {
   static constexpr int kRows = 64 * kGroups;
-  static constexpr int kThreads = 128 * kGroups;  // that multiply
+  static constexpr int kThreads = 128 * kGroups * kParts;  // that multiply
   // Where registers are short, the loading warp comes with three idle ones, to give up theirs.
-  static constexpr bool kMoveRegisters = kTokens == 128 && kGroups > 1;
-  static constexpr int kLoaderRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kRegisters = kGroups == 2 ? 232 : 160;
+  static constexpr bool kMoveRegisters = kTokens == 128 && kGroups * kParts > 1;
+  static constexpr int kLoaderRegisters = kThreads == 256 ? 40 : 32;
+  static constexpr int kRegisters = kThreads == 256 ? 232 : 160;
   static constexpr int kAllThreads = kThreads + (kMoveRegisters ? 128 : 32);
   static constexpr int kWeightBytes = kRows * kFp8Block;
   static constexpr int kTokenBytes = kTokens * kFp8Block;
@@ -55,16 +55,18 @@ struct SmallTile {
   // Output rows of a token, staged where stages were. The padding spreads stmatrix over all banks.
   static constexpr int kPitch = 2 * kRows + 16;
   // Sums that arrive from the segments: 16 bytes a thread, segment and 8 tokens.
-  static constexpr int kGroupBytes = 16 * kThreads;
+  static constexpr int kGroupBytes = 16 * 128 * kGroups;
 };
 
-// Warpgroups 0 .. kGroups - 1 multiply, one warp more keeps copies in flight. kSets: sets of
-// accumulators; with two, a block is scaled while the next is multiplied.
-template <int kTokens, int kGroups, int kSets>
-__global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
+// kParts times kGroups warpgroups multiply, 64 weight rows with a part of the tokens each; one warp
+// more keeps copies in flight. kSets: sets of accumulators; with two, a block is scaled while the
+// next is multiplied.
+template <int kTokens, int kGroups, int kParts, int kSets, int kMine = kTokens / kParts>
+__global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThreads, 1)
     Fp8LinearSmall(const __grid_constant__ CUtensorMap weights,
                    const __grid_constant__ CUtensorMap tokens, const Small shape) {
-  using T = SmallTile<kTokens, kGroups>;
+  using T = SmallTile<kTokens, kGroups, kParts>;
+  constexpr int kWarps = T::kThreads / 32;
   extern __shared__ uint8_t unaligned[];
   __shared__ uint64_t full[kMostStages], empty[kMostStages], merged;
   uint8_t* const stages = unaligned + (1024 - SharedAddress(unaligned) % 1024) % 1024;
@@ -79,39 +81,42 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int my_groups = min(shape.groups_each, kTokens / 8 - segment * shape.groups_each);
 
-  if (warp >= 4 * kGroups) {
-    // The loading warp makes the barriers, so that it need not wait for anybody.
-    if (warp == 4 * kGroups) {
-      if (lane < kMostStages) {
-        BarrierInit(&full[lane], 1);
-        BarrierInit(&empty[lane], 4 * kGroups);
-      }
-      if (lane == kMostStages) {
+  if (warp >= kWarps) {
+    // The loading warp makes the barriers itself, so that it need not wait for anybody; one lane,
+    // since those of several would be made one after another all the same.
+    if (warp == kWarps) {
+      if (lane == 0) {
+#pragma unroll
+        for (int s = 0; s < kMostStages; ++s) {
+          BarrierInit(&full[s], 1);
+          BarrierInit(&empty[s], kWarps);
+        }
         BarrierInit(&merged, 1);
+        BarrierInitFence();
         if (shape.segments > 1 && my_groups > 0)
           BarrierArriveExpect(&merged, (shape.segments - 1) * my_groups * T::kGroupBytes);
       }
-      BarrierInitFence();
       __syncwarp();
       NamedBarrierArrive(2, T::kThreads + 32);
     }
     if (shape.segments > 1) ClusterArriveRelaxed();
     if constexpr (T::kMoveRegisters) RegistersDown<T::kLoaderRegisters>();
-    if (warp == 4 * kGroups && lane == 0) {
+    if (warp == kWarps && lane == 0) {
       const auto load_weights = [&](int block, int s) {
         BarrierArriveExpect(&full[s], T::kStageBytes);
         TmaLoad2d(stages + s * T::kStageBytes, &weights, &full[s], (block0 + block) * kFp8Block,
                   weight0, kEvictFirst);
       };
-      const int ahead = shape.weights_resident ? min(shape.stages, blocks) : 0;
+      const int at_once = min(shape.stages, blocks);
+      const int ahead = shape.weights_resident ? at_once : 0;
+#pragma unroll 1
       for (int block = 0; block < ahead; ++block) load_weights(block, block);
       WaitForPrecedingKernel();
       int s = 0, parity = 1;
+#pragma unroll 1
       for (int block = 0; block < blocks; ++block) {
-        if (block >= ahead) {
-          BarrierWait(&empty[s], parity);
-          load_weights(block, s);
-        }
+        if (block >= at_once) BarrierWait(&empty[s], parity);
+        if (block >= ahead) load_weights(block, s);
         TmaLoad2d(stages + s * T::kStageBytes + T::kWeightBytes, &tokens, &full[s],
                   (block0 + block) * kFp8Block, token0, kEvictLast);
         if (++s == shape.stages) {
@@ -128,11 +133,12 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
   LetNextKernelStart();
 
   if constexpr (T::kMoveRegisters) RegistersUp<T::kRegisters>();
-  const int group = warp / 4;
-  float sum[kTokens / 2];
-  float part[kSets][kTokens / 2];
+  const int group = warp / 4 % kGroups;  // of weight rows
+  const int first_mine = warp / 4 / kGroups * kMine;
+  float sum[kMine / 2];
+  float part[kSets][kMine / 2];
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) sum[i] = 0.0f;
+  for (int i = 0; i < kMine / 2; ++i) sum[i] = 0.0f;
 
   // Scales of blocks 16 i .. 16 i + 15 of this segment, on their way to shared memory.
   const int first_weight_block = weight0 / kFp8Block;
@@ -166,16 +172,17 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
 
   int issue_stage = 0, issue_parity = 0;
   const uint64_t weight_operand = KMajorDescriptor(SharedAddress(stages) + group * 64 * kFp8Block);
-  const uint64_t token_operand = KMajorDescriptor(SharedAddress(stages) + T::kWeightBytes);
-  const auto multiply = [&](float(&d)[kTokens / 2]) {
+  const uint64_t token_operand =
+      KMajorDescriptor(SharedAddress(stages) + T::kWeightBytes + first_mine * kFp8Block);
+  const auto multiply = [&](float(&d)[kMine / 2]) {
     BarrierWait(&full[issue_stage], issue_parity);
     const uint64_t a = AdvanceDescriptor(weight_operand, issue_stage * T::kStageBytes);
     const uint64_t b = AdvanceDescriptor(token_operand, issue_stage * T::kStageBytes);
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kFp8Block / 32; ++step) {
-      WgmmaInstruction<E4m3Operands, kTokens>::Shared(d, AdvanceDescriptor(a, 32 * step),
-                                                      AdvanceDescriptor(b, 32 * step), step != 0);
+      WgmmaInstruction<E4m3Operands, kMine>::Shared(d, AdvanceDescriptor(a, 32 * step),
+                                                    AdvanceDescriptor(b, 32 * step), step != 0);
     }
     WgmmaCommit();
     if (++issue_stage == shape.stages) {
@@ -184,13 +191,13 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
     }
   };
   // Where this thread finds the scales of its columns, and of its warpgroup's weight rows.
-  const float* const column_scales = scales + 2 * (lane % 4);
+  const float* const column_scales = scales + first_mine + 2 * (lane % 4);
   const float* const row_scale =
       scales + kTokens + ((weight0 + 64 * group) / kFp8Block - first_weight_block);
   uint64_t* const released = Kept(empty);
   int scale_stage = 0;
   // Adds a block's products, of which at most kPending blocks are still being multiplied.
-  const auto add = [&]<int kPending>(float(&d)[kTokens / 2], int block) {
+  const auto add = [&]<int kPending>(float(&d)[kMine / 2], int block) {
     if (block % kScaleBlocks == 0) {
       asm volatile("cp.async.wait_all;" ::: "memory");
       NamedBarrier(1, T::kThreads);  // all have theirs, and nobody reads the 16 before
@@ -207,17 +214,17 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
       __syncwarp();
       if (lane == 0) BarrierArrive(&released[scale_stage]);
     };
-    constexpr bool kAhead = kTokens < 128;  // scales are read while the products are made
-    float scale[kTokens / 8][2];
+    constexpr bool kAhead = kMine < 128;  // scales are read while the products are made
+    float scale[kMine / 8][2];
     if constexpr (kAhead) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; ++j) scales_of(j, scale[j]);
+      for (int j = 0; j < kMine / 8; ++j) scales_of(j, scale[j]);
     }
     WgmmaWait<kPending>();
     KeepRegisters(d);
     if (kAhead) release();
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
+    for (int j = 0; j < kMine / 8; ++j) {
       if constexpr (!kAhead) scales_of(j, scale[j]);
 #pragma unroll
       for (int c = 0; c < 4; ++c)
@@ -259,16 +266,16 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
   if (shape.segments == 1) {
     NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)
-      stage_group(j, {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]});
+    for (int j = 0; j < kMine / 8; ++j)
+      stage_group(first_mine / 8 + j, {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]});
   } else {
     ClusterWait();  // the others' barriers exist
-    // What a CTA adds is kept [segment][group][thread], its own sums too.
-    uint8_t* const thread_arriving = arriving + 16 * threadIdx.x;
+    // What a CTA adds is kept [segment][group][thread of weight rows], its own sums too.
+    uint8_t* const thread_arriving = arriving + 16 * (threadIdx.x % (128 * kGroups));
     uint8_t* const from_here = thread_arriving + segment * shape.groups_each * T::kGroupBytes;
-    int to = 0, place = 0;
+    int to = first_mine / 8 / shape.groups_each, place = first_mine / 8 % shape.groups_each;
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
+    for (int j = 0; j < kMine / 8; ++j) {
       uint8_t* const at = from_here + place * T::kGroupBytes;
       if (to == segment) {
         *reinterpret_cast<float4*>(at) =
@@ -284,10 +291,12 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
       }
     }
     if (my_groups <= 0) return;
-    NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
+    NamedBarrier(1, T::kThreads);  // nobody reads the stages any more, all own sums are there
     BarrierWaitForCluster(&merged, 0);
-    constexpr int kAtOnce = kTokens < 32 ? kTokens / 8 : 4;
-    for (int j = 0; j < my_groups; j += kAtOnce) {
+    // The parts of the warpgroups take turns.
+    constexpr int kAtOnce = kMine < 32 ? kMine / 8 : 4 / kParts;
+    const int turn = warp / 4 / kGroups * kAtOnce;
+    for (int j = turn; j < my_groups; j += kParts * kAtOnce) {
       float4 v[kAtOnce];
       const auto from = [&](int other, int u) {
         return *reinterpret_cast<const float4*>(
@@ -334,11 +343,11 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups>::kAllThreads)
   }
 }
 
-template <int kTokens, int kGroups>
+template <int kTokens, int kGroups, int kParts>
 absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
   // A single warpgroup has nobody else to multiply while it scales.
-  constexpr int kSets = kGroups == 1 && kTokens <= 64 ? 2 : 1;
-  using T = SmallTile<kTokens, kGroups>;
+  constexpr int kSets = kGroups == 1 && kTokens / kParts <= 64 ? 2 : 1;
+  using T = SmallTile<kTokens, kGroups, kParts>;
   MatrixMap map;
   map.rows = static_cast<uint64_t>(p.n);
   map.cols = map.row_stride_bytes = static_cast<uint64_t>(p.k);
@@ -366,7 +375,11 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
   shape.wide_stores = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.out_stride % 8 == 0;
   const int arriving = segments == 1 ? 0 : segments * shape.groups_each * T::kGroupBytes;
   const int budget = kSharedBytes - 1024 - T::kScaleBytes - arriving;
-  shape.stages = std::min({kMostStages, shape.segment_blocks, budget / T::kStageBytes});
+  // More in flight would only make the first blocks late; all must be multiplied after them. An
+  // even number, since blocks come from memory in pairs (256 bytes of a row).
+  constexpr int kInFlight = 128 * 1024;
+  constexpr int kEnough = kTokens == 128 ? kMostStages : kInFlight / T::kStageBytes / 2 * 2;
+  shape.stages = std::min({kMostStages, kEnough, shape.segment_blocks, budget / T::kStageBytes});
   if (shape.stages < std::min(2, shape.segment_blocks))
     return absl::InternalError("Fp8LinearSmall: a tile too large for shared memory");
   const int needed = kTokens * T::kPitch;  // staged rows where stages were
@@ -379,8 +392,8 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
   launch.shared_bytes =
       1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, needed) + arriving;
   launch.overlaps = true;
-  return Launch("Fp8LinearSmall", Fp8LinearSmall<kTokens, kGroups, kSets>, launch, stream, weights,
-                tokens, shape);
+  return Launch("Fp8LinearSmall", Fp8LinearSmall<kTokens, kGroups, kParts, kSets>, launch, stream,
+                weights, tokens, shape);
 }
 
 // The narrowest tile that gives every CTA a multiprocessor of its own; widest where none does.
@@ -390,9 +403,9 @@ absl::Status LaunchFor(const Fp8LinearParams& p, int segments, cudaStream_t stre
   const auto fits = [&](int64_t rows) {
     return tiles * ((p.n + rows - 1) / rows) <= MultiprocessorCount();
   };
-  if (fits(64)) return LaunchTiles<kTokens, 1>(p, segments, stream);
-  if (fits(128)) return LaunchTiles<kTokens, 2>(p, segments, stream);
-  return LaunchTiles<kTokens, 3>(p, segments, stream);
+  if (fits(64)) return LaunchTiles < kTokens, 1, kTokens == 128 ? 2 : 1 > (p, segments, stream);
+  if (fits(128)) return LaunchTiles<kTokens, 2, 1>(p, segments, stream);
+  return LaunchTiles<kTokens, 3, 1>(p, segments, stream);
 }
 
 }  // namespace
