@@ -45,6 +45,19 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
+// Whether it has: BarrierWait without waiting.
+__device__ __forceinline__ bool BarrierHasPassed(uint64_t* barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(passed)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
+
 // L2 policies for TMA loads: weights that are read once, activations that every CTA reads.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000;

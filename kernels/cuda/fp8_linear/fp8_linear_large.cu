@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(384, 1)
     const int thread_row = 16 * (warp % 4) + lane / 4;
     uint8_t* const staged_rows = staged + group * (T::kStagedBytes / 2);
     float4* const totals = reinterpret_cast<float4*>(staged_rows) + threadIdx.x % 128;
+    uint64_t* const released = Kept(empty);
     int s = 0, release_stage = 0;
     uint32_t parity = 0;
     const uint64_t token_operand =
@@ -161,9 +162,9 @@ __global__ void __launch_bounds__(384, 1)
     const auto release = [&] {
       __syncwarp();
       if (kCtas == 1) {
-        if (lane == 0) BarrierArrive(&empty[release_stage]);
+        if (lane == 0) BarrierArrive(&released[release_stage]);
       } else {
-        if (lane < kCtas) BarrierArriveAt(&empty[release_stage], lane);
+        if (lane < kCtas) BarrierArriveAt(&released[release_stage], lane);
       }
       if (++release_stage == T::kStages) release_stage = 0;
     };

@@ -171,11 +171,12 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
   NamedBarrier(2, T::kThreads + 32);  // the barriers exist
 
   int issue_stage = 0, issue_parity = 0;
+  bool loaded = false;  // what is issued next, as far as is known
   const uint64_t weight_operand = KMajorDescriptor(SharedAddress(stages) + group * 64 * kFp8Block);
   const uint64_t token_operand =
       KMajorDescriptor(SharedAddress(stages) + T::kWeightBytes + first_mine * kFp8Block);
   const auto multiply = [&](float(&d)[kMine / 2]) {
-    BarrierWait(&full[issue_stage], issue_parity);
+    if (!loaded) BarrierWait(&full[issue_stage], issue_parity);
     const uint64_t a = AdvanceDescriptor(weight_operand, issue_stage * T::kStageBytes);
     const uint64_t b = AdvanceDescriptor(token_operand, issue_stage * T::kStageBytes);
     WgmmaFence();
@@ -194,43 +195,49 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
   const float* const column_scales = scales + first_mine + 2 * (lane % 4);
   const float* const row_scale =
       scales + kTokens + ((weight0 + 64 * group) / kFp8Block - first_weight_block);
-  uint64_t* const released = Kept(empty);
-  int scale_stage = 0;
-  // Adds a block's products, of which at most kPending blocks are still being multiplied.
-  const auto add = [&]<int kPending>(float(&d)[kMine / 2], int block) {
+  // Scales of the block that is added next. While wgmma reads shared memory anything else waits
+  // long for it: they are read a block ahead, and so is whether the next stage has been loaded.
+  struct Scales {
+    float2 columns[kMine / 8];
+    float rows;
+  } scale;
+  const auto read_scales = [&](int block) {
     if (block % kScaleBlocks == 0) {
       asm volatile("cp.async.wait_all;" ::: "memory");
       NamedBarrier(1, T::kThreads);  // all have theirs, and nobody reads the 16 before
       load_scales(block / kScaleBlocks + 1);
     }
     const int at = block % (2 * kScaleBlocks) * T::kScalePitch;
-    const float scale_w = row_scale[at];
-    const auto scales_of = [&](int j, float(&scale)[2]) {
-      const float2 pair = *reinterpret_cast<const float2*>(column_scales + at + 8 * j);
-      scale[0] = __fmul_rn(pair.x, scale_w);
-      scale[1] = __fmul_rn(pair.y, scale_w);
-    };
-    const auto release = [&] {
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&released[scale_stage]);
-    };
-    constexpr bool kAhead = kMine < 128;  // scales are read while the products are made
-    float scale[kMine / 8][2];
-    if constexpr (kAhead) {
+    Scales read;
+    read.rows = row_scale[at];
 #pragma unroll
-      for (int j = 0; j < kMine / 8; ++j) scales_of(j, scale[j]);
-    }
+    for (int j = 0; j < kMine / 8; ++j)
+      read.columns[j] = *reinterpret_cast<const float2*>(column_scales + at + 8 * j);
+    return read;
+  };
+  constexpr bool kAhead = kMine < 128;  // else registers are short
+  if constexpr (kAhead) scale = read_scales(0);
+  uint64_t* const released = Kept(empty);
+  int scale_stage = 0;
+  // Adds a block's products, of which at most kPending blocks are still being multiplied.
+  const auto add = [&]<int kPending>(float(&d)[kMine / 2], int block) {
+    Scales next;
+    if constexpr (kAhead) next = read_scales(block + 1);
     WgmmaWait<kPending>();
     KeepRegisters(d);
-    if (kAhead) release();
+    __syncwarp();
+    if (lane == 0) BarrierArrive(&released[scale_stage]);
+    loaded = BarrierHasPassed(&full[issue_stage], issue_parity);
+    if constexpr (!kAhead) scale = read_scales(block);
 #pragma unroll
     for (int j = 0; j < kMine / 8; ++j) {
-      if constexpr (!kAhead) scales_of(j, scale[j]);
+      const float of_column[2] = {__fmul_rn(scale.columns[j].x, scale.rows),
+                                  __fmul_rn(scale.columns[j].y, scale.rows)};
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        sum[4 * j + c] = __fmaf_rn(scale[j][c % 2], d[4 * j + c], sum[4 * j + c]);
+        sum[4 * j + c] = __fmaf_rn(of_column[c % 2], d[4 * j + c], sum[4 * j + c]);
     }
-    if (!kAhead) release();
+    if constexpr (kAhead) scale = next;
     if (++scale_stage == shape.stages) scale_stage = 0;
   };
   if constexpr (kSets == 1) {
