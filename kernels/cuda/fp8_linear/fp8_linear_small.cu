@@ -6,7 +6,6 @@
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/status.h"
-#include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/fp8_linear/output.cuh"
@@ -52,8 +51,11 @@ struct SmallTile {
   // token over the banks.
   static constexpr int kScalePitch = kTokens + 2;
   static constexpr int kScaleBytes = 2 * kScaleBlocks * kScalePitch * 4;
-  // Output rows of a token, staged where stages were. The padding spreads stmatrix over all banks.
+  // Few tokens are stored from registers, 32 bytes of a row at a time. More of such pieces cost
+  // more than to gather whole rows, where stages were; the padding spreads stmatrix over all banks.
+  static constexpr bool kGather = kTokens > 16;
   static constexpr int kPitch = 2 * kRows + 16;
+  static constexpr int kGatheredBytes = kGather ? kTokens * kPitch : 0;
   // Sums that arrive from the segments: 16 bytes a thread, segment and 8 tokens.
   static constexpr int kGroupBytes = 16 * 128 * kGroups;
 };
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
         BarrierInit(&merged, 1);
         BarrierInitFence();
         if (shape.segments > 1 && my_groups > 0)
-          BarrierArriveExpect(&merged, (shape.segments - 1) * my_groups * T::kGroupBytes);
+          BarrierArriveExpect(&merged, shape.segments * my_groups * T::kGroupBytes);
       }
       __syncwarp();
       NamedBarrierArrive(2, T::kThreads + 32);
@@ -133,8 +135,8 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
   LetNextKernelStart();
 
   if constexpr (T::kMoveRegisters) RegistersUp<T::kRegisters>();
-  const int group = warp / 4 % kGroups;  // of weight rows
-  const int first_mine = warp / 4 / kGroups * kMine;
+  const int group = warp / 4 % kGroups, token_part = warp / 4 / kGroups;
+  const int first_mine = token_part * kMine;
   float sum[kMine / 2];
   float part[kSets][kMine / 2];
 #pragma unroll
@@ -168,7 +170,39 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
   };
   WaitForPrecedingKernel();
   load_scales(0);
-  NamedBarrier(2, T::kThreads + 32);  // the barriers exist
+  NamedBarrier(2, T::kThreads + 32);      // the barriers exist,
+  if (shape.segments > 1) ClusterWait();  // those of the cluster too
+
+  // While the first blocks are on their way: the addresses of the end, where each instruction
+  // counts. What a CTA adds is kept [segment][group of 8 tokens][thread of weight rows].
+  const ThreadOutput out =
+      OutputOfThread(shape.out, shape.out_stride, weight0 + 64 * group + 16 * (warp % 4), token0,
+                     shape.n, shape.m, shape.wide_stores);
+  const uint8_t* const received = Kept(arriving + 16 * (threadIdx.x % (128 * kGroups)));
+  int to_cta = 0, to_group = 0;
+  if (shape.segments > 1) {
+    to_cta = first_mine / 8 / shape.groups_each;
+    to_group = first_mine / 8 % shape.groups_each;
+  }
+  // Of the groups of this warpgroup one after another: where its sums go, and who counts them.
+  const auto next_destination = [&] {
+    const uint2 found = {
+        ClusterAddress(
+            SharedAddress(received) + (segment * shape.groups_each + to_group) * T::kGroupBytes,
+            to_cta),
+        ClusterAddress(SharedAddress(&merged), to_cta)};
+    if (++to_group == shape.groups_each) {
+      to_group = 0;
+      ++to_cta;
+    }
+    return found;
+  };
+  constexpr bool kPlanned = kMine < 128;  // else registers are short
+  uint2 destination[kPlanned ? kMine / 8 : 1];
+  if constexpr (kPlanned) {
+#pragma unroll
+    for (int j = 0; j < kMine / 8; ++j) destination[j] = next_destination();
+  }
 
   int issue_stage = 0, issue_parity = 0;
   bool loaded = false;  // what is issued next, as far as is known
@@ -263,91 +297,68 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
     }
   }
 
-  // Four sums of a group of 8 tokens, as a thread holds them, to the staged rows.
-  const auto stage_group = [&](int token_group, const float(&v)[4]) {
-    StoreMatrices2Transposed(SharedAddress(stages + (8 * token_group + lane % 8) * T::kPitch +
-                                           16 * (8 * group + 2 * (warp % 4) + lane / 8 % 2)),
-                             Bf16Pair(v[0], v[1]), Bf16Pair(v[2], v[3]));
+  // Groups of 8 tokens from `first` on, in the tile; sums(i) are those of group first + i. They are
+  // gathered from row 8 `at` on.
+  const auto put = [&]<int kMost>(int first, int at, int count, const auto& sums) {
+    if constexpr (T::kGather) {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (i < count)
+          StoreSumsTransposed(stages + 8 * (at + i) * T::kPitch + 32 * (4 * group + warp % 4),
+                              T::kPitch, sums(i));
+      }
+    } else {
+      StoreGroups<kMost>(out, first, count, sums);
+    }
   };
-  int first = token0, count = kTokens;
+  // After all warps have gathered `groups` groups, which begin with `first` of the tile.
+  const auto store_gathered = [&](int first, int groups) {
+    NamedBarrier(1, T::kThreads);
+    const int row0 = token0 + 8 * first, columns = min(T::kRows, shape.n - weight0);
+    StoreRows<T::kRows, T::kThreads>(
+        shape.out + static_cast<int64_t>(row0) * shape.out_stride + weight0, shape.out_stride,
+        stages, T::kPitch, min(8 * groups, shape.m - row0), columns, shape.wide_stores);
+  };
   if (shape.segments == 1) {
-    NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
-#pragma unroll
-    for (int j = 0; j < kMine / 8; ++j)
-      stage_group(first_mine / 8 + j, {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]});
-  } else {
-    ClusterWait();  // the others' barriers exist
-    // What a CTA adds is kept [segment][group][thread of weight rows], its own sums too.
-    uint8_t* const thread_arriving = arriving + 16 * (threadIdx.x % (128 * kGroups));
-    uint8_t* const from_here = thread_arriving + segment * shape.groups_each * T::kGroupBytes;
-    int to = first_mine / 8 / shape.groups_each, place = first_mine / 8 % shape.groups_each;
-#pragma unroll
-    for (int j = 0; j < kMine / 8; ++j) {
-      uint8_t* const at = from_here + place * T::kGroupBytes;
-      if (to == segment) {
-        *reinterpret_cast<float4*>(at) =
-            make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
-      } else {
-        StoreAsync(ClusterAddress(SharedAddress(at), to),
-                   {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]},
-                   ClusterAddress(SharedAddress(&merged), to));
-      }
-      if (++place == shape.groups_each) {
-        place = 0;
-        ++to;
-      }
-    }
-    if (my_groups <= 0) return;
-    NamedBarrier(1, T::kThreads);  // nobody reads the stages any more, all own sums are there
-    BarrierWaitForCluster(&merged, 0);
-    // The parts of the warpgroups take turns.
-    constexpr int kAtOnce = kMine < 32 ? kMine / 8 : 4 / kParts;
-    const int turn = warp / 4 / kGroups * kAtOnce;
-    for (int j = turn; j < my_groups; j += kParts * kAtOnce) {
-      float4 v[kAtOnce];
-      const auto from = [&](int other, int u) {
-        return *reinterpret_cast<const float4*>(
-            thread_arriving +
-            (other * shape.groups_each + min(j + u, my_groups - 1)) * T::kGroupBytes);
-      };
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) v[u] = from(0, u);
-#pragma unroll 1
-      for (int other = 1; other < shape.segments; ++other) {
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          const float4 a = from(other, u);
-          v[u] = {__fadd_rn(v[u].x, a.x), __fadd_rn(v[u].y, a.y), __fadd_rn(v[u].z, a.z),
-                  __fadd_rn(v[u].w, a.w)};
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u)
-        if (j + u < my_groups) stage_group(j + u, {v[u].x, v[u].y, v[u].z, v[u].w});
-    }
-    first += segment * shape.groups_each * 8;
-    count = my_groups * 8;
+    if (T::kGather) NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
+    put.template operator()<kMine / 8>(first_mine / 8, first_mine / 8, kMine / 8, [&](int j) {
+      return float4{sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]};
+    });
+    if (T::kGather) store_gathered(0, kTokens / 8);
+    return;
   }
-  NamedBarrier(1, T::kThreads);
-  const int rows = min(T::kRows, shape.n - weight0);
-  count = min(count, shape.m - first);
-  if (shape.wide_stores && rows == T::kRows) {
-    constexpr int kChunks = T::kRows / 8;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < count * kChunks; i += T::kThreads) {
-      const int token = i / kChunks, chunk = i % kChunks;
-      *reinterpret_cast<uint4*>(shape.out + (first + token) * shape.out_stride + weight0 +
-                                8 * chunk) =
-          *reinterpret_cast<const uint4*>(stages + token * T::kPitch + 16 * chunk);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < count * rows; i += T::kThreads) {
-      const int token = i / rows, row = i % rows;
-      shape.out[(first + token) * shape.out_stride + weight0 + row] =
-          *reinterpret_cast<const uint16_t*>(stages + token * T::kPitch + 2 * row);
-    }
+#pragma unroll
+  for (int j = 0; j < kMine / 8; ++j) {
+    const uint2 to = kPlanned ? destination[kPlanned ? j : 0] : next_destination();
+    StoreAsync(to.x, {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]}, to.y);
   }
+  if (my_groups <= 0) return;
+  if (T::kGather) NamedBarrier(1, T::kThreads);  // nobody reads the stages any more
+  BarrierWaitForCluster(&merged, 0);
+  // The parts of the warpgroups take turns.
+  constexpr int kAtOnce = kMine < 32 ? kMine / 8 : 4 / kParts;
+#pragma unroll 1
+  for (int j = token_part * kAtOnce; j < my_groups; j += kParts * kAtOnce) {
+    const uint8_t* from = received + j * T::kGroupBytes;
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (j + u < my_groups) v[u] = *reinterpret_cast<const float4*>(from + u * T::kGroupBytes);
+#pragma unroll 1
+    for (int other = 1; other < shape.segments; ++other) {
+      from += shape.groups_each * T::kGroupBytes;
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (j + u >= my_groups) break;
+        const float4 a = *reinterpret_cast<const float4*>(from + u * T::kGroupBytes);
+        v[u] = {__fadd_rn(v[u].x, a.x), __fadd_rn(v[u].y, a.y), __fadd_rn(v[u].z, a.z),
+                __fadd_rn(v[u].w, a.w)};
+      }
+    }
+    put.template operator()<kAtOnce>(segment * shape.groups_each + j, j, my_groups - j,
+                                     [&](int u) { return v[u]; });
+  }
+  if (T::kGather) store_gathered(segment * shape.groups_each, my_groups);
 }
 
 template <int kTokens, int kGroups, int kParts>
@@ -389,7 +400,6 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
   shape.stages = std::min({kMostStages, kEnough, shape.segment_blocks, budget / T::kStageBytes});
   if (shape.stages < std::min(2, shape.segment_blocks))
     return absl::InternalError("Fp8LinearSmall: a tile too large for shared memory");
-  const int needed = kTokens * T::kPitch;  // staged rows where stages were
   LaunchShape launch;
   launch.grid =
       dim3(static_cast<unsigned>((p.n + T::kRows - 1) / T::kRows),
@@ -397,7 +407,7 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
   launch.cluster = dim3(1, 1, static_cast<unsigned>(segments));
   launch.threads = T::kAllThreads;
   launch.shared_bytes =
-      1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, needed) + arriving;
+      1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, T::kGatheredBytes) + arriving;
   launch.overlaps = true;
   return Launch("Fp8LinearSmall", Fp8LinearSmall<kTokens, kGroups, kParts, kSets>, launch, stream,
                 weights, tokens, shape);
