@@ -79,6 +79,13 @@ __device__ __forceinline__ void TmaLoad2d(void* to, const CUtensorMap* map, uint
       "l"(map), "r"(SharedAddress(barrier)), "r"(x), "r"(y), "l"(policy)
       : "memory");
 }
+// Asks for the box to be brought to L2. A hint: it may stand where a load may not yet, for what is
+// written there afterwards is written to L2 as well.
+__device__ __forceinline__ void TmaPrefetch2d(const CUtensorMap* map, int32_t x, int32_t y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x),
+               "r"(y)
+               : "memory");
+}
 __device__ __forceinline__ void TmaLoad3d(void* to, const CUtensorMap* map, uint64_t* barrier,
                                           int32_t x, int32_t y, int32_t z, uint64_t policy) {
   asm volatile(

@@ -46,6 +46,12 @@ struct SmallTile {
   static constexpr int kWeightBytes = kRows * kFp8Block;
   static constexpr int kTokenBytes = kTokens * kFp8Block;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  // Blocks of weights that are asked for while the kernel in front ends. More would hold up the
+  // last of its own. Resident weights may be loaded then; with many tokens that gains nothing.
+  static constexpr int kPrefetched = 32 * 1024 / kWeightBytes;
+  static constexpr bool kLoadAhead = kTokens <= 32;
+  // Bytes in flight that are enough. More would only make the first blocks late.
+  static constexpr int kInFlight = (kTokens < 64 ? 128 : 160) * 1024;
   // Scales, of 16 blocks at a time and the next 16: [16][kScalePitch] floats, for a block those of
   // the tokens and those of up to two rows of weight blocks. The pitch spreads the blocks of a
   // token over the banks.
@@ -110,9 +116,15 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
                   weight0, kEvictFirst);
       };
       const int at_once = min(shape.stages, blocks);
-      const int ahead = shape.weights_resident ? at_once : 0;
+      const int ahead = T::kLoadAhead && shape.weights_resident ? at_once : 0;
 #pragma unroll 1
       for (int block = 0; block < ahead; ++block) load_weights(block, block);
+      if (ahead == 0) {
+        // To L2 only: what the kernel in front still writes there is what is loaded afterwards.
+#pragma unroll 1
+        for (int block = 0; block < min(T::kPrefetched, at_once); ++block)
+          TmaPrefetch2d(&weights, (block0 + block) * kFp8Block, weight0);
+      }
       WaitForPrecedingKernel();
       int s = 0, parity = 1;
 #pragma unroll 1
@@ -393,10 +405,8 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
   shape.wide_stores = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.out_stride % 8 == 0;
   const int arriving = segments == 1 ? 0 : segments * shape.groups_each * T::kGroupBytes;
   const int budget = kSharedBytes - 1024 - T::kScaleBytes - arriving;
-  // More in flight would only make the first blocks late; all must be multiplied after them. An
-  // even number, since blocks come from memory in pairs (256 bytes of a row).
-  constexpr int kInFlight = 128 * 1024;
-  constexpr int kEnough = kTokens == 128 ? kMostStages : kInFlight / T::kStageBytes / 2 * 2;
+  // An even number, since blocks come from memory in pairs (256 bytes of a row).
+  constexpr int kEnough = kTokens == 128 ? kMostStages : T::kInFlight / T::kStageBytes / 2 * 2;
   shape.stages = std::min({kMostStages, kEnough, shape.segment_blocks, budget / T::kStageBytes});
   if (shape.stages < std::min(2, shape.segment_blocks))
     return absl::InternalError("Fp8LinearSmall: a tile too large for shared memory");
