@@ -386,9 +386,7 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
   launch.cluster = dim3(kCtas);
   launch.threads = 384;
   launch.shared_bytes = T::kBytes;
-  // Starting while the kernel in front ends saves a microsecond or two; launches of more than about
-  // 50 gain nothing, and one shape lost a tenth.
-  launch.overlaps = p.m * p.n * p.k < int64_t{25'000'000'000};
+  launch.overlaps = true;
   return Launch("Fp8LinearLarge", Fp8LinearLarge<kWeights, kHalves, kSets, kSegmented, kCtas>,
                 launch, stream, tokens, weights, out, shape);
 }

@@ -22,8 +22,7 @@ constexpr int kScaleBlocks = 16;
 struct Small {
   int m, n, k_blocks;
   int segments, segment_blocks;
-  int groups_each;  // of 8 tokens, that each CTA of a cluster merges and stores; the last ones
-                    // fewer
+  int groups_each;  // of 8 tokens: what a CTA of a cluster merges and stores, the last ones less
   int stages;
   const float* x_scales;
   const float* weight_scales;
@@ -61,7 +60,7 @@ struct SmallTile {
   // more than to gather whole rows, where stages were; the padding spreads stmatrix over all banks.
   static constexpr bool kGather = kTokens > 16;
   static constexpr int kPitch = 2 * kRows + 16;
-  static constexpr int kGatheredBytes = kGather ? kTokens * kPitch : 0;
+  static_assert(kTokens * kPitch <= kStageBytes + kScaleBytes, "rows fit where one stage was");
   // Sums that arrive from the segments: 16 bytes a thread, segment and 8 tokens.
   static constexpr int kGroupBytes = 16 * 128 * kGroups;
 };
@@ -416,8 +415,7 @@ absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t st
            static_cast<unsigned>((p.m + kTokens - 1) / kTokens), static_cast<unsigned>(segments));
   launch.cluster = dim3(1, 1, static_cast<unsigned>(segments));
   launch.threads = T::kAllThreads;
-  launch.shared_bytes =
-      1024 + std::max(shape.stages * T::kStageBytes + T::kScaleBytes, T::kGatheredBytes) + arriving;
+  launch.shared_bytes = 1024 + shape.stages * T::kStageBytes + T::kScaleBytes + arriving;
   launch.overlaps = true;
   return Launch("Fp8LinearSmall", Fp8LinearSmall<kTokens, kGroups, kParts, kSets>, launch, stream,
                 weights, tokens, shape);
@@ -430,7 +428,8 @@ absl::Status LaunchFor(const Fp8LinearParams& p, int segments, cudaStream_t stre
   const auto fits = [&](int64_t rows) {
     return tiles * ((p.n + rows - 1) / rows) <= MultiprocessorCount();
   };
-  if (fits(64)) return LaunchTiles < kTokens, 1, kTokens == 128 ? 2 : 1 > (p, segments, stream);
+  constexpr int kParts = kTokens == 128 ? 2 : 1;
+  if (fits(64)) return LaunchTiles<kTokens, 1, kParts>(p, segments, stream);
   if (fits(128)) return LaunchTiles<kTokens, 2, 1>(p, segments, stream);
   return LaunchTiles<kTokens, 3, 1>(p, segments, stream);
 }
