@@ -45,6 +45,19 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
+// Whether it has: BarrierWait without waiting.
+__device__ __forceinline__ bool BarrierHasPassed(uint64_t* barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(passed)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
+
 // L2 policies for TMA loads: weights that are read once, activations that every CTA reads.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000;
@@ -65,6 +78,13 @@ __device__ __forceinline__ void TmaLoad2d(void* to, const CUtensorMap* map, uint
       " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(SharedAddress(to)),
       "l"(map), "r"(SharedAddress(barrier)), "r"(x), "r"(y), "l"(policy)
       : "memory");
+}
+// Asks for the box to be brought to L2. A hint: it may stand where a load may not yet, for what is
+// written there afterwards is written to L2 as well.
+__device__ __forceinline__ void TmaPrefetch2d(const CUtensorMap* map, int32_t x, int32_t y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x),
+               "r"(y)
+               : "memory");
 }
 __device__ __forceinline__ void TmaLoad3d(void* to, const CUtensorMap* map, uint64_t* barrier,
                                           int32_t x, int32_t y, int32_t z, uint64_t policy) {

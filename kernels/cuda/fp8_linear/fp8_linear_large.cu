@@ -2,10 +2,14 @@
 
 #include "base/status_macros.h"
 #include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/bulk_store.cuh"
+#include "kernels/cuda/device/cluster.cuh"
+#include "kernels/cuda/device/dependent_launch.cuh"
+#include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/device/wgmma.cuh"
-#include "kernels/cuda/fp8_linear/cluster.cuh"
 #include "kernels/cuda/fp8_linear/output.cuh"
 #include "kernels/cuda/fp8_linear/paths.h"
 
@@ -77,8 +81,8 @@ __global__ void __launch_bounds__(384, 1)
   }
   __syncthreads();
   if (kCtas > 1) ClusterBarrier();
-  LaunchDependents();
-  WaitForGridsInFront();
+  LetNextKernelStart();
+  WaitForPrecedingKernel();
 
   // Tile t: bands of token tiles, in a band weight tile by weight tile, so that the clusters that
   // run at a time read few rows of either side.
@@ -131,16 +135,21 @@ __global__ void __launch_bounds__(384, 1)
     const int thread_row = 16 * (warp % 4) + lane / 4;
     uint8_t* const staged_rows = staged + group * (T::kStagedBytes / 2);
     float4* const totals = reinterpret_cast<float4*>(staged_rows) + threadIdx.x % 128;
+    uint64_t* const released = Kept(empty);
     int s = 0, release_stage = 0;
     uint32_t parity = 0;
+    const uint64_t token_operand =
+        KMajorDescriptor(SharedAddress(stages) + group * kHalves * 64 * kFp8Block);
+    const uint64_t weight_operand = KMajorDescriptor(SharedAddress(stages) + T::kTokenBytes);
     const auto multiply = [&](float(&d)[kColumns], int half) {
-      const uint32_t stage = SharedAddress(stages + s * T::kStageBytes);
+      const uint64_t a =
+          AdvanceDescriptor(token_operand, s * T::kStageBytes + half * 64 * kFp8Block);
+      const uint64_t b = AdvanceDescriptor(weight_operand, s * T::kStageBytes);
       WgmmaFence();
 #pragma unroll
       for (int step = 0; step < kFp8Block / 32; ++step) {
         WgmmaInstruction<E4m3Operands, kWeights>::Shared(
-            d, KMajorDescriptor(stage + (group * kHalves + half) * 64 * kFp8Block + 32 * step),
-            KMajorDescriptor(stage + T::kTokenBytes + 32 * step), step != 0);
+            d, AdvanceDescriptor(a, 32 * step), AdvanceDescriptor(b, 32 * step), step != 0);
       }
       WgmmaCommit();
     };
@@ -153,9 +162,9 @@ __global__ void __launch_bounds__(384, 1)
     const auto release = [&] {
       __syncwarp();
       if (kCtas == 1) {
-        if (lane == 0) BarrierArrive(&empty[release_stage]);
+        if (lane == 0) BarrierArrive(&released[release_stage]);
       } else {
-        if (lane < kCtas) BarrierArriveAt(&empty[release_stage], lane);
+        if (lane < kCtas) BarrierArriveAt(&released[release_stage], lane);
       }
       if (++release_stage == T::kStages) release_stage = 0;
     };
@@ -335,7 +344,7 @@ __global__ void __launch_bounds__(384, 1)
 }
 
 template <int kWeights, int kHalves, int kSets, bool kSegmented, int kCtas>
-absl::Status Launch(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
+absl::Status LaunchTiles(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
   using T = LargeTile<kWeights, kHalves, kSegmented>;
   MatrixMap map;
   map.rows = static_cast<uint64_t>(p.m);
@@ -371,25 +380,15 @@ absl::Status Launch(const Fp8LinearParams& p, int segments, cudaStream_t stream)
   shape.x_scales = p.x_scales;
   shape.weight_scales = p.weight_scales;
 
-  const auto kernel = Fp8LinearLarge<kWeights, kHalves, kSets, kSegmented, kCtas>;
-  RETURN_IF_ERROR(
-      ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes),
-               "Fp8LinearLarge"));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(
+  LaunchShape launch;
+  launch.grid = dim3(static_cast<unsigned>(
       std::min(MultiprocessorCount() / kCtas * kCtas, shape.token_tiles * shape.weight_tiles)));
-  config.blockDim = dim3(384);
-  config.dynamicSmemBytes = T::kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kCtas, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = p.weights_resident ? 2 : 1;
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, tokens, weights, out, shape),
-                  "Fp8LinearLarge");
+  launch.cluster = dim3(kCtas);
+  launch.threads = 384;
+  launch.shared_bytes = T::kBytes;
+  launch.overlaps = true;
+  return Launch("Fp8LinearLarge", Fp8LinearLarge<kWeights, kHalves, kSets, kSegmented, kCtas>,
+                launch, stream, tokens, weights, out, shape);
 }
 
 // Work of the busiest multiprocessor, in products per row of K over the tile's measured speed.
@@ -403,8 +402,9 @@ template <int kWeights, int kHalves, int kSets, bool kSegmented>
 absl::Status LaunchClusters(const Fp8LinearParams& p, int segments, cudaStream_t stream) {
   const int64_t token_tiles = (p.m + 128 * kHalves - 1) / (128 * kHalves);
   // Few token tiles leave the second CTA of a pair without work, and gain nothing.
-  if (token_tiles < 8) return Launch<kWeights, kHalves, kSets, kSegmented, 1>(p, segments, stream);
-  return Launch<kWeights, kHalves, kSets, kSegmented, 2>(p, segments, stream);
+  if (token_tiles < 8)
+    return LaunchTiles<kWeights, kHalves, kSets, kSegmented, 1>(p, segments, stream);
+  return LaunchTiles<kWeights, kHalves, kSets, kSegmented, 2>(p, segments, stream);
 }
 
 }  // namespace

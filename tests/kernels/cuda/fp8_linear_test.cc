@@ -336,26 +336,39 @@ TEST_F(Fp8LinearTest, LaunchesBesideACompetingKernelAgree) {
   ASSERT_CUDA_OK(cudaStreamDestroy(stream));
 }
 
-// The kernel in front lets the next one start at once and writes its rows late.
-TEST_F(Fp8LinearTest, RowsOfTheKernelInFrontAreWaitedFor) {
-  const Weight weight(4096, 2048, 14);
+// The kernel in front lets the next one start at once and writes late what that one reads.
+TEST_F(Fp8LinearTest, WhatTheKernelInFrontWritesIsWaitedFor) {
+  const Weight weight(4096, 2048, 14), other(4096, 2048, 17);
   for (const int64_t m : {1, 64, 1024}) {
-    const Rows before = RandomRows(m, weight.k, 15), now = RandomRows(m, weight.k, 16);
-    const std::vector<Bf16> expected = Runner(weight, m).Multiply(now, m);
-    const DeviceBuffer<E4m3> x(before.codes), next_x(now.codes);
-    const DeviceBuffer<float> x_scales(before.scales), next_scales(now.scales);
+    const Rows rows = RandomRows(m, weight.k, 16), before = RandomRows(m, weight.k, 15);
+    const std::vector<Bf16> expected = Runner(weight, m).Multiply(rows, m);
+    const DeviceBuffer<E4m3> x(rows.codes), early_x(before.codes), early_weight(other.codes);
+    const DeviceBuffer<float> x_scales(rows.scales), early_x_scales(before.scales),
+        early_weight_scales(other.scales);
     const DeviceBuffer<Bf16> out(static_cast<size_t>(m * weight.n));
     Fp8LinearParams params = Params(weight);
     params.m = m;
     params.x = x.get();
     params.x_scales = x_scales.get();
     params.out = out.get();
-    params.weights_resident = true;
-    LaunchSlowCopy(x.get(), next_x.get(), x.count(), nullptr);
-    LaunchSlowCopy(x_scales.get(), next_scales.get(), 4 * x_scales.count(), nullptr);
-    ASSERT_STATUS_OK(LaunchIt(params));
-    ExpectCudaOk(cudaDeviceSynchronize(), "Fp8Linear");
-    EXPECT_EQ(HashOf(out.Download()), HashOf(expected)) << "m = " << m;
+    const auto run_behind_copy = [&](void* to, const void* early, size_t bytes, const char* what) {
+      const DeviceBuffer<uint8_t> late(bytes);
+      ASSERT_CUDA_OK(cudaMemcpy(late.get(), to, bytes, cudaMemcpyDeviceToDevice));
+      ASSERT_CUDA_OK(cudaMemcpy(to, early, bytes, cudaMemcpyDeviceToDevice));
+      LaunchSlowCopy(to, late.get(), bytes, nullptr);
+      ASSERT_STATUS_OK(LaunchIt(params));
+      ExpectCudaOk(cudaDeviceSynchronize(), "Fp8Linear");
+      EXPECT_EQ(HashOf(out.Download()), HashOf(expected)) << "m = " << m << ", " << what;
+    };
+    for (const bool resident : {false, true}) {
+      params.weights_resident = resident;
+      run_behind_copy(x.get(), early_x.get(), x.count(), "rows");
+      run_behind_copy(x_scales.get(), early_x_scales.get(), 4 * x_scales.count(), "their scales");
+    }
+    params.weights_resident = false;
+    run_behind_copy(weight.device_codes->get(), early_weight.get(), weight.codes.size(), "weights");
+    run_behind_copy(weight.device_scales->get(), early_weight_scales.get(),
+                    4 * weight.scales.size(), "scales of the weights");
   }
 }
 
