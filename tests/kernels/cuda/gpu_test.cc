@@ -1,7 +1,10 @@
 #include "tests/kernels/cuda/gpu_test.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -111,22 +114,53 @@ double RelativeDifference(const std::vector<float>& x, const std::vector<float>&
   return squares == 0 ? 0 : 1 - 2 * cross / squares;
 }
 
-void LaunchCompetingKernel(const volatile int* stop, float* sink, cudaStream_t stream);
+cudaError_t LaunchCompetingKernel(int blocks, const volatile int* stop, volatile uint32_t* rounds,
+                                  float* sink, cudaStream_t stream);
 
 CompetingKernel::CompetingKernel() {
   ExpectCudaOk(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
-  ExpectCudaOk(cudaHostAlloc(reinterpret_cast<void**>(&stop_), sizeof(int), cudaHostAllocMapped),
-               "flag");
+  ExpectCudaOk(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "stream");
+  ExpectCudaOk(cudaMalloc(reinterpret_cast<void**>(&stop_), sizeof(int)), "order to stop");
+  ExpectCudaOk(cudaMalloc(reinterpret_cast<void**>(&rounds_), kBlocks * sizeof(uint32_t)),
+               "rounds");
   ExpectCudaOk(cudaMalloc(reinterpret_cast<void**>(&sink_), 1 << 20), "sink");
-  *stop_ = 0;
-  LaunchCompetingKernel(stop_, sink_, stream_);
+  ExpectCudaOk(cudaMemsetAsync(stop_, 0, sizeof(int), stream_), "order to stop");
+  ExpectCudaOk(cudaMemsetAsync(rounds_, 0, kBlocks * sizeof(uint32_t), stream_), "rounds");
+  ExpectCudaOk(cudaMemsetAsync(sink_, 0, 1 << 20, stream_), "sink");
+  ExpectCudaOk(cudaStreamSynchronize(stream_), "competing kernel");
+  ExpectCudaOk(LaunchCompetingKernel(kBlocks, stop_, rounds_, sink_, stream_), "competing kernel");
+  EXPECT_TRUE(Runs()) << "the competing kernel does not start";
+}
+
+std::vector<uint32_t> CompetingKernel::Rounds() const {
+  std::vector<uint32_t> rounds(kBlocks);
+  ExpectCudaOk(cudaMemcpyAsync(rounds.data(), rounds_, kBlocks * sizeof(uint32_t),
+                               cudaMemcpyDeviceToHost, side_),
+               "rounds");
+  ExpectCudaOk(cudaStreamSynchronize(side_), "rounds");
+  return rounds;
+}
+
+bool CompetingKernel::Runs() const {
+  const std::vector<uint32_t> before = Rounds();
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  while (std::chrono::steady_clock::now() < until) {
+    const std::vector<uint32_t> now = Rounds();
+    if (std::equal(before.begin(), before.end(), now.begin(), std::not_equal_to<>())) return true;
+  }
+  return false;
 }
 
 CompetingKernel::~CompetingKernel() {
-  *static_cast<volatile int*>(stop_) = 1;
+  const int stop = 1;
+  ExpectCudaOk(cudaMemcpyAsync(stop_, &stop, sizeof(stop), cudaMemcpyHostToDevice, side_),
+               "order to stop");
+  ExpectCudaOk(cudaStreamSynchronize(side_), "order to stop");
   ExpectCudaOk(cudaStreamSynchronize(stream_), "competing kernel");
   cudaFree(sink_);
-  cudaFreeHost(stop_);
+  cudaFree(rounds_);
+  cudaFree(stop_);
+  cudaStreamDestroy(side_);
   cudaStreamDestroy(stream_);
 }
 

@@ -86,16 +86,24 @@ uint64_t HashOf(const std::vector<T>& values) {
 // 1 - 2 sum(x y) / sum(x^2 + y^2) in double: 0 for equal vectors. NaN anywhere gives NaN.
 double RelativeDifference(const std::vector<float>& x, const std::vector<float>& y);
 
-// Keeps all multiprocessors partly busy on a stream of its own while it lives, so that a test sees
-// other schedules than an idle GPU's.
+// Keeps half of the multiprocessors partly busy on a stream of its own while it lives, so that a
+// test sees other schedules than an idle GPU's. All its blocks run once it is constructed.
 class CompetingKernel {
  public:
   CompetingKernel();
   ~CompetingKernel();
+  // Whether all its blocks go on: then what was launched since its construction and has ended ran
+  // beside it, neither after it nor before. Takes less than a millisecond if so.
+  bool Runs() const;
 
  private:
+  static constexpr int kBlocks = 66;
+  std::vector<uint32_t> Rounds() const;
+
   cudaStream_t stream_ = nullptr;
-  int* stop_ = nullptr;  // mapped host memory
+  cudaStream_t side_ = nullptr;  // for the copies that steer and observe it
+  int* stop_ = nullptr;
+  uint32_t* rounds_ = nullptr;  // of each block
   float* sink_ = nullptr;
 };
 
