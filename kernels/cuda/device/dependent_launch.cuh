@@ -31,10 +31,12 @@ __device__ __forceinline__ void LetNextKernelStart() {
 
 template <typename Params>
 absl::Status LaunchDependent(absl::string_view name, void (*kernel)(Params), dim3 grid,
-                             unsigned threads, cudaStream_t stream, const Params& params) {
+                             unsigned threads, cudaStream_t stream, const Params& params,
+                             size_t dynamic_shared = 0) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = dynamic_shared;
   config.stream = stream;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
