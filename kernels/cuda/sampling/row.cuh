@@ -1,129 +1,196 @@
 #pragma once
 
-// A row of logits in the shared memory of a cluster of 8 CTAs, each a slice of it, and what the
-// CTAs tell each other. Every reduction here is of integers or a maximum: exact, whatever the
-// order.
+// What the CTAs of a cluster, or one CTA alone, tell each other of the row that they hold. Every
+// reduction here is of integers or a maximum: exact, whatever the order and the number of CTAs; but
+// for sums of floats, which serve guesses.
 
 #include <cstdint>
 
 #include "kernels/cuda/device/barrier.cuh"
-#include "kernels/cuda/sampling/weights.cuh"
+#include "kernels/cuda/sampling/slice.cuh"
 
 namespace moebius::kernels::cuda {
 
-constexpr int kRanks = 8;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kPiece = 4 * kThreads;  // floats: a float4 a thread
-constexpr int kMostPieces = 52;
-// Pieces that one bulk copy brings: one thread takes some 150 cycles to start a copy.
-constexpr int kPiecesOfCopy = 4;
-constexpr int kMostCopies = kMostPieces / kPiecesOfCopy;
-constexpr uint32_t kAllLanes = 0xffffffffu;
-
-__host__ __device__ constexpr int SliceOf(int vocab) {
-  return ((vocab + kRanks - 1) / kRanks + 3) / 4 * 4;
-}
-
-__device__ __forceinline__ uint32_t ClusterRank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+// The CTAs that hold a row.
+template <int kRanks>
+__device__ __forceinline__ uint32_t RankOfCta() {
+  uint32_t rank = 0;
+  if (kRanks > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void StoreCluster(uint32_t address, uint64_t value) {
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+template <int kRanks>
+__device__ __forceinline__ void RowBarrier() {
+  if (kRanks > 1) {
+    ClusterBarrier();
+  } else {
+    __syncthreads();
+  }
 }
-__device__ __forceinline__ void StoreCluster(uint32_t address, uint32_t value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+// Stores to, adds to, lowers and loads what lies at `at` in the shared memory of CTA `rank`.
+template <int kRanks>
+__device__ __forceinline__ void StoreAt(uint64_t* at, uint32_t rank, uint64_t value) {
+  if (kRanks == 1) {
+    *at = value;
+    return;
+  }
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(ClusterAddress(SharedAddress(at), rank)),
+               "l"(value)
+               : "memory");
 }
-__device__ __forceinline__ uint4 LoadCluster4(uint32_t address) {
+template <int kRanks>
+__device__ __forceinline__ uint32_t AddAt(uint32_t* at, uint32_t rank, uint32_t value) {
+  if (kRanks == 1) return atomicAdd(at, value);
+  uint32_t before;
+  asm volatile("atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(ClusterAddress(SharedAddress(at), rank)), "r"(value)
+               : "memory");
+  return before;
+}
+template <int kRanks>
+__device__ __forceinline__ void MinAt(uint32_t* at, uint32_t rank, uint32_t value) {
+  if (kRanks == 1) {
+    atomicMin(at, value);
+    return;
+  }
+  asm volatile("red.relaxed.cluster.shared::cluster.min.u32 [%0], %1;" ::"r"(
+                   ClusterAddress(SharedAddress(at), rank)),
+               "r"(value)
+               : "memory");
+}
+template <int kRanks>
+__device__ __forceinline__ uint4 LoadAt(const uint4* at, uint32_t rank) {
+  if (kRanks == 1) return *at;
   uint4 v;
   asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint2 LoadCluster2(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "r"(address)
+               : "r"(ClusterAddress(SharedAddress(at), rank))
                : "memory");
   return v;
 }
 
-// What each CTA of a cluster tells all others: one value a rank.
-struct Announced {
-  uint64_t mass_one[kRanks];    // weights at temperature 1
-  uint64_t mass[kRanks];        // at the row's temperature
-  uint64_t mass_above[kRanks];  // of them, those before the bracket
-  uint32_t largest[kRanks];     // OrderedBits
-  uint32_t has_nan[kRanks];
-  uint32_t first_largest[kRanks];  // id
-  uint32_t listed[kRanks];         // candidates in the bracket
+// Sums or extremes over a row, known to all threads.
+enum class Fold { kSum, kMax };
+constexpr int kMostExchanged = 4;
+template <int kRanks>
+struct ExchangeMemory {
+  uint64_t of_warp[kMostExchanged][kWarps];
+  // Two that take turns: a CTA may send anew while another still reads.
+  uint64_t of_rank[2][kMostExchanged][kRanks];
 };
 
-// The slice of this CTA.
-struct Slice {
-  float* data;  // [count rounded up to a multiple of 4], -infinity beyond count
-  int quads;
-  int first_id;
-  int pieces;
-};
+template <Fold kFold>
+__device__ __forceinline__ uint64_t FoldTwo(uint64_t x, uint64_t y) {
+  if (kFold == Fold::kSum) return x + y;
+  return x < y ? y : x;
+}
+// Over groups of kWidth lanes.
+template <Fold kFold, int kWidth>
+__device__ __forceinline__ uint64_t FoldLanes(uint64_t value) {
+#pragma unroll
+  for (int width = kWidth / 2; width >= 1; width /= 2)
+    value = FoldTwo<kFold>(value, __shfl_xor_sync(kAllLanes, value, width));
+  return value;
+}
 
-// Starts loading; the slice may be read piece by piece after AwaitPiece. Includes a __syncthreads.
-__device__ __forceinline__ Slice LoadSlice(const float* row, int vocab, uint32_t rank, bool aligned,
-                                           float* data, uint64_t* barriers) {
-  const int slice = SliceOf(vocab);
-  const int begin = min(vocab, static_cast<int>(rank) * slice);
-  const int count = min(vocab, begin + slice) - begin;
-  Slice mine{data, (count + 3) / 4, begin, (count + kPiece - 1) / kPiece};
-  const float* const from = row + begin;
-  if (aligned) {
-    const int whole = count / 4;  // quads
-    if (threadIdx.x == 0) {
-      constexpr int kQuads = kPiecesOfCopy * kThreads;
-      const int copies = (mine.pieces + kPiecesOfCopy - 1) / kPiecesOfCopy;
-      for (int c = 0; c < copies; ++c) BarrierInit(&barriers[c], 1);
-      BarrierInitFence();
-      for (int c = 0; c < copies; ++c) {
-        const uint32_t bytes =
-            static_cast<uint32_t>(min(kQuads, whole - c * kQuads)) * sizeof(float4);
-        // Less than a quad comes by the loop below alone.
-        BarrierArriveExpect(&barriers[c], bytes);
-        if (bytes > 0) BulkLoad(data + 4 * c * kQuads, from + 4 * c * kQuads, bytes, &barriers[c]);
-      }
-    }
-    if (threadIdx.x >= 32 && threadIdx.x < 36) {
-      const int i = 4 * whole + static_cast<int>(threadIdx.x) - 32;
-      if (i < 4 * mine.quads) data[i] = i < count ? from[i] : -__builtin_inff();
-    }
-  } else {
-    for (int i = threadIdx.x; i < 4 * mine.quads; i += kThreads) {
-      data[i] = i < count ? from[i] : -__builtin_inff();
+// Over a warp: values below 2^51, maxima of values below 2^32.
+template <Fold kFold>
+__device__ __forceinline__ uint64_t FoldWarp(uint64_t value) {
+  if (kFold == Fold::kSum) {
+    const uint32_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value) & 0xffffffu);
+    const uint32_t high = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value >> 24));
+    return (static_cast<uint64_t>(high) << 24) + low;
+  }
+  return __reduce_max_sync(kAllLanes, static_cast<uint32_t>(value));
+}
+
+// Replaces each of `values` (as FoldWarp takes them) by its fold over all threads of the row's
+// CTAs. All threads call it; `turn` counts the calls. What threads wrote to shared memory before is
+// visible after it.
+template <Fold... kFolds, int kRanks>
+__device__ __forceinline__ void Exchange(ExchangeMemory<kRanks>& memory, uint32_t rank, int& turn,
+                                         uint64_t (&values)[sizeof...(kFolds)]) {
+  static_assert(sizeof...(kFolds) <= kMostExchanged && kWarps == 16);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  turn ^= 1;
+  const auto fold_warp = [&]<Fold kFold>(int i) {
+    const uint64_t value = FoldWarp<kFold>(values[i]);
+    if (lane == 0) memory.of_warp[i][warp] = value;
+  };
+  int i = 0;
+  (fold_warp.template operator()<kFolds>(i++), ...);
+  __syncthreads();
+  const auto fold_cta = [&]<Fold kFold>(int of) {
+    if (warp != of) return;
+    const uint64_t value = FoldLanes<kFold, 16>(memory.of_warp[of][lane % 16]);
+    if (lane < kRanks)
+      StoreAt<kRanks>(&memory.of_rank[turn][of][rank], static_cast<uint32_t>(lane), value);
+  };
+  i = 0;
+  (fold_cta.template operator()<kFolds>(i++), ...);
+  RowBarrier<kRanks>();
+  const auto fold_row = [&]<Fold kFold>(int of) {
+    values[of] = memory.of_rank[turn][of][0];
+#pragma unroll 1
+    for (int r = 1; r < kRanks; ++r)
+      values[of] = FoldTwo<kFold>(values[of], memory.of_rank[turn][of][r]);
+  };
+  i = 0;
+  (fold_row.template operator()<kFolds>(i++), ...);
+}
+
+// Inclusive sums of two values over the threads of the CTA. `scratch` may be used again after a
+// __syncthreads.
+__device__ __forceinline__ void InclusiveScan(uint64_t& x, uint64_t& y,
+                                              uint64_t (&scratch)[2][kWarps]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint64_t lower_x = __shfl_up_sync(kAllLanes, x, distance);
+    const uint64_t lower_y = __shfl_up_sync(kAllLanes, y, distance);
+    if (lane >= distance) {
+      x += lower_x;
+      y += lower_y;
     }
   }
+  if (lane == 31) {
+    scratch[0][warp] = x;
+    scratch[1][warp] = y;
+  }
   __syncthreads();
-  return mine;
-}
-__device__ __forceinline__ void AwaitPiece(bool aligned, uint64_t* barriers, int piece) {
-  if (aligned) BarrierWait(&barriers[piece / kPiecesOfCopy], 0);
-}
-
-// This thread's quad of a piece; -infinity beyond the slice.
-__device__ __forceinline__ float4 QuadOf(const Slice& slice, int piece) {
-  const int quad = piece * kThreads + static_cast<int>(threadIdx.x);
-  const float least = -__builtin_inff();
-  if (quad >= slice.quads) return make_float4(least, least, least, least);
-  return reinterpret_cast<const float4*>(slice.data)[quad];
-}
-
-template <typename T>
-__device__ __forceinline__ T WarpSum(T value) {
 #pragma unroll
-  for (int width = 16; width >= 1; width /= 2) value += __shfl_xor_sync(kAllLanes, value, width);
-  return value;
+  for (int w = 0; w < kWarps - 1; ++w) {
+    x += w < warp ? scratch[0][w] : 0;
+    y += w < warp ? scratch[1][w] : 0;
+  }
+}
+
+// The same for kCount floats.
+template <int kCount>
+__device__ __forceinline__ void InclusiveScan(float (&values)[kCount],
+                                              float (&scratch)[kCount][kWarps]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto scan = [&](float& value) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float lower = __shfl_up_sync(kAllLanes, value, distance);
+      if (lane >= distance) value += lower;
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    scan(values[i]);
+    if (lane == 31) scratch[i][warp] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float of_warps = lane < warp ? scratch[i][lane % kWarps] : 0.0f;
+#pragma unroll
+    for (int width = kWarps / 2; width >= 1; width /= 2)
+      of_warps += __shfl_xor_sync(kAllLanes, of_warps, width);
+    values[i] += __shfl_sync(kAllLanes, of_warps, 0);
+  }
 }
 
 }  // namespace moebius::kernels::cuda
