@@ -39,8 +39,8 @@ struct BinRule {
     return static_cast<int>(fminf(fmaxf(at, 0.0f), static_cast<float>(kBins - 1)));
   }
   // The mass of a candidate at the upper edge of bin `edge`, as a float.
-  __device__ __forceinline__ float MassAt(float edge) const {
-    return exp2f(fminf(from - edge / per_octave, 0.0f)) * 2199023255552.0f;
+  __device__ __forceinline__ float MassAt(float edge, float octaves_of_bin) const {
+    return exp2f(fminf(from - edge * octaves_of_bin, 0.0f)) * 2199023255552.0f;
   }
 };
 __device__ __forceinline__ BinRule BinRuleOf(Bracket bracket) {

@@ -67,8 +67,9 @@ __device__ inline void FindBins(RowMemory<kRanks>& memory, Target target, const 
   float slack = 0.0f;
   if (!target.by_count) {
     const auto edge = static_cast<float>(bin);
-    sums[0] *= rule.MassAt(edge - 0.01f) + 2.0f;
-    sums[1] *= bin == kBins - 1 ? 0.0f : fmaxf(rule.MassAt(edge + 1.01f) - 2.0f, 0.0f);
+    const float width = 1.0f / rule.per_octave;
+    sums[0] *= rule.MassAt(edge - 0.01f, width) + 2.0f;
+    sums[1] *= bin == kBins - 1 ? 0.0f : fmaxf(rule.MassAt(edge + 1.01f, width) - 2.0f, 0.0f);
     slack = 1e-4f;
   }
   InclusiveScan(sums, *reinterpret_cast<float(*)[3][kWarps]>(memory.scan_floats));

@@ -21,28 +21,41 @@ struct Masses {
 // temperature 1.
 enum Weighing { kSum = 1, kList = 2, kAbove = 4, kAtOne = 8 };
 
-// Adds a weight to what comes before the bracket, or sets its bit in `in` if it is in the bracket.
-// (Written out because the compiler selects where it should predicate.)
+// Where a thread's next listed candidate goes, as shared-memory addresses.
+struct ListEnd {
+  uint32_t logit, number;
+  uint32_t limit;  // of logit
+};
+
+// Adds a weight to what comes before the bracket, or lists its logit if it is in the bracket.
+// (Written out because the compiler selects or branches where it should predicate.)
 __device__ __forceinline__ void SortToBracket(float exponent, const MassParts& parts,
-                                              Bracket bracket, uint32_t bit, MassSum& above,
-                                              uint32_t& count, uint32_t& in) {
-  asm("{\n.reg .pred above, in;\n"
-      "setp.gt.f32 above, %4, %5;\n"
-      "setp.gt.and.f32 in, %4, %6, !above;\n"
-      "@above add.u32 %0, %0, %7;\n"
-      "@above add.u32 %1, %1, %8;\n"
+                                              Bracket bracket, float logit, int number,
+                                              MassSum& above, uint32_t& count, ListEnd& list) {
+  asm volatile(
+      "{\n.reg .pred above, in;\n"
+      "setp.gt.f32 above, %5, %6;\n"
+      "setp.gt.and.f32 in, %5, %7, !above;\n"
+      "setp.lt.and.u32 in, %3, %12, in;\n"
+      "@above add.u32 %0, %0, %8;\n"
+      "@above add.u32 %1, %1, %9;\n"
       "@above add.u32 %2, %2, 1;\n"
-      "@in or.b32 %3, %3, %9;\n}"
-      : "+r"(above.high), "+r"(above.low), "+r"(count), "+r"(in)
+      "@in st.shared.f32 [%3], %10;\n"
+      "@in st.shared.u16 [%4], %11;\n"
+      "@in add.u32 %3, %3, %13;\n"
+      "@in add.u32 %4, %4, %14;\n}"
+      : "+r"(above.high), "+r"(above.low), "+r"(count), "+r"(list.logit), "+r"(list.number)
       : "f"(exponent), "f"(bracket.above), "f"(bracket.end), "r"(parts.high), "r"(parts.low),
-        "r"(bit));
+        "f"(logit), "r"(number), "r"(list.limit), "n"(sizeof(float) * kThreads),
+        "n"(sizeof(uint16_t) * kThreads)
+      : "memory");
 }
 
-// Returns which of the batch's 32 logits are in the bracket.
+// Returns which of the batch's 32 logits are in the bracket; lists them itself with kAbove.
 template <int kWhat>
 __device__ __forceinline__ uint32_t WeighBatch(float maximum, float factor, Bracket bracket,
-                                               const float4 (&quads)[kTogether], int64_t& sum,
-                                               Masses& masses) {
+                                               const float4 (&quads)[kTogether], int first_number,
+                                               int64_t& sum, Masses& masses, ListEnd& list) {
   MassSum all, above;
   uint32_t in = 0, count_above = 0;
 #pragma unroll
@@ -56,7 +69,8 @@ __device__ __forceinline__ uint32_t WeighBatch(float maximum, float factor, Brac
       const MassParts parts = PartsOf(exponent);
       if (kWhat & kSum) all.Add(parts);
       if (kWhat & kAbove) {
-        SortToBracket(exponent, parts, bracket, 1u << (4 * q + c), above, count_above, in);
+        SortToBracket(exponent, parts, bracket, logits[c], first_number + 4 * q + c, above,
+                      count_above, list);
       } else if ((kWhat & kList) && exponent > bracket.end) {
         in |= 1u << (4 * q + c);
       }
@@ -77,8 +91,8 @@ __device__ __forceinline__ void ForEachListed(const RowState& row, Bracket brack
   if (row.listed <= kMostListed) {
 #pragma unroll 4
     for (int i = 0; i < row.listed; ++i) {
-      f(row.lists->logits[i][threadIdx.x],
-        PlaceOf(static_cast<int>(row.lists->numbers[i][threadIdx.x])));
+      const int place = PlaceOf(static_cast<int>(row.lists->numbers[i][threadIdx.x]));
+      if (place < row.slice.count) f(row.lists->logits[i][threadIdx.x], place);
     }
     return;
   }
@@ -113,23 +127,30 @@ __device__ __forceinline__ Masses Weigh(RowMemory<kRanks>& memory, RowState& row
   row.listed = 0;
   const int last = row.slice.Batches() - 1;
   const bool backwards = (threadIdx.x / 32) % 2 == 1;
+  ListEnd list{SharedAddress(&row.lists->logits[0][threadIdx.x]),
+               SharedAddress(&row.lists->numbers[0][threadIdx.x]),
+               SharedAddress(&row.lists->logits[kMostListed][0])};
   for (int turn = 0; turn <= last; ++turn) {
     // Half of the warps read what is kept while the others read L2.
     const int batch = turn == 0 ? last : backwards ? last - turn : turn - 1;
     if (turn > 0 || !loaded) BatchOf(row.slice, batch, quads);
+    const int first = 4 * kTogether * batch;
     uint32_t in = 0;
-    if (what & kAtOne) WeighBatch<kSum>(row.maximum, kLog2E, bracket, quads, masses.one, masses);
+    if (what & kAtOne)
+      WeighBatch<kSum>(row.maximum, kLog2E, bracket, quads, 0, masses.one, masses, list);
     const int at_row = what & ~kAtOne;
     if (at_row == (kSum | kList)) {
-      in = WeighBatch<kSum | kList>(row.maximum, row.factor, bracket, quads, masses.row, masses);
+      in = WeighBatch<kSum | kList>(row.maximum, row.factor, bracket, quads, first, masses.row,
+                                    masses, list);
     } else if (at_row == (kSum | kList | kAbove)) {
-      in = WeighBatch<kSum | kList | kAbove>(row.maximum, row.factor, bracket, quads, masses.row,
-                                             masses);
+      in = WeighBatch<kSum | kList | kAbove>(row.maximum, row.factor, bracket, quads, first,
+                                             masses.row, masses, list);
     } else if (at_row == (kList | kAbove)) {
-      in = WeighBatch<kList | kAbove>(row.maximum, row.factor, bracket, quads, masses.row, masses);
+      in = WeighBatch<kList | kAbove>(row.maximum, row.factor, bracket, quads, first, masses.row,
+                                      masses, list);
     }
     for (; in != 0; in &= in - 1) {
-      const int number = 4 * kTogether * batch + __ffs(static_cast<int>(in)) - 1;
+      const int number = first + __ffs(static_cast<int>(in)) - 1;
       if (PlaceOf(number) >= row.slice.count) continue;
       if (row.listed < kMostListed)
         row.lists->numbers[row.listed][threadIdx.x] = static_cast<uint16_t>(number);
@@ -137,10 +158,18 @@ __device__ __forceinline__ Masses Weigh(RowMemory<kRanks>& memory, RowState& row
     }
   }
   if (what == kAtOne) return masses;
+  if (what & kAbove) {
+    // A full list may lack some.
+    row.listed =
+        static_cast<int>(kMostListed - (list.limit + sizeof(float) * threadIdx.x - list.logit) /
+                                           (sizeof(float) * kThreads));
+    if (row.listed == kMostListed) ++row.listed;
+  } else {
 #pragma unroll 4
-  for (int i = 0; i < min(row.listed, kMostListed); ++i) {
-    row.lists->logits[i][threadIdx.x] =
-        LogitOf(row.slice, static_cast<int>(row.lists->numbers[i][threadIdx.x]));
+    for (int i = 0; i < min(row.listed, kMostListed); ++i) {
+      row.lists->logits[i][threadIdx.x] =
+          LogitOf(row.slice, static_cast<int>(row.lists->numbers[i][threadIdx.x]));
+    }
   }
   const BinRule rule = BinRuleOf(bracket);
   ForEachListed(row, bracket,

@@ -244,7 +244,6 @@ TEST_F(SamplingTest, DrawsTheReferencesTokens) {
         {4096, 4096, 3, kAll},
         {8193, 8196, 2, kAll},
         {129280, 129280, 1, 2},
-        {129280, 129283, 1, 1},
         {163840, 163843, 1, 2},
         {kSamplingMaxVocab, kSamplingMaxVocab, 1, 1}}) {
     for (int64_t repeat = 0; repeat < repeats; ++repeat) {
@@ -482,7 +481,7 @@ TEST_F(SamplingTest, ABatchDependentSumWouldBeFound) {
 // A batch in one call, against the same rows in calls of `chunk` rows that begin `shift` rows
 // further on: every row at many places. A result is a function of its row's 129,280 logits.
 TEST_F(SamplingTest, ChunksAndPlacesDoNotReachTheBits) {
-  constexpr int64_t kRows = 320, kShifts = 24, kVocab = 129280;
+  constexpr int64_t kRows = 192, kShifts = 16, kVocab = 129280;
   Prng random(31);
   Batch batch;
   batch.vocab = batch.stride = kVocab;
@@ -529,8 +528,8 @@ TEST_F(SamplingTest, ChunksAndPlacesDoNotReachTheBits) {
   }
   EXPECT_TRUE(competing.Runs());
   std::printf("%ld results compared, of %ld logits\n", results, results / 2 * kVocab);
-  EXPECT_GE(results, 50'000);
-  EXPECT_GE(results / 2 * kVocab, 3'000'000'000);
+  EXPECT_GE(results, 20'000);
+  EXPECT_GE(results / 2 * kVocab, 1'000'000'000);
 }
 
 TEST_F(SamplingTest, LaunchesBesideACompetingKernelAgree) {
@@ -542,7 +541,7 @@ TEST_F(SamplingTest, LaunchesBesideACompetingKernelAgree) {
   };
   // In clusters, and not.
   for (const Case& c :
-       {Case{13, 70000, greedy}, {13, 70000, mixture}, {39, 20000, greedy}, {39, 20000, mixture}}) {
+       {Case{13, 40000, greedy}, {13, 40000, mixture}, {39, 20000, greedy}, {39, 20000, mixture}}) {
     Prng random(6);
     Batch batch;
     batch.vocab = batch.stride = c.vocab;
