@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "bench/cuda/benches.h"
+#include "kernels/cuda/bf16_linear/bf16_linear.h"
 #include "kernels/cuda/expert_groups/expert_groups.h"
 #include "kernels/cuda/gate_select/gate_select.h"
 #include "kernels/cuda/sampling/sampling.h"
@@ -13,11 +14,22 @@
 namespace moebius::bench {
 namespace {
 
+using kernels::GateConfig;
 using kernels::SamplingParams;
 
 constexpr int kExperts = 256, kTopK = 8;
 // Small inputs were just written by the kernel before, so they are timed as they lie in L2.
 constexpr int kLaunches = 64;
+
+GateConfig DeepSeekV3() {
+  GateConfig config;
+  config.n_routed_experts = kExperts;
+  config.num_experts_per_tok = kTopK;
+  config.n_group = 8;
+  config.topk_group = 4;
+  config.routed_scaling_factor = 2.5f;
+  return config;
+}
 
 void MeasureGate(Report& report, int64_t m) {
   std::vector<DeviceArray<float>> logits;
@@ -28,11 +40,7 @@ void MeasureGate(Report& report, int64_t m) {
   const DeviceArray<int32_t> offsets(kExperts + 1), rows(m * kTopK), packed(m * kTopK);
   kernels::GateSelectParams params;
   params.m = m;
-  params.config.n_routed_experts = kExperts;
-  params.config.num_experts_per_tok = kTopK;
-  params.config.n_group = 8;
-  params.config.topk_group = 4;
-  params.config.routed_scaling_factor = 2.5f;
+  params.config = DeepSeekV3();
   params.bias = bias.get();
   params.experts = experts.get();
   params.weights = weights.get();
@@ -63,6 +71,47 @@ void MeasureGate(Report& report, int64_t m) {
     return kernels::cuda::LaunchExpertGroups(groups, stream);
   });
   row.bytes = static_cast<double>(m) * 12 * kTopK + 4 * kExperts;
+  report.Add(row);
+}
+
+// Gate logits and the choice from them, as a layer launches them: the second starts beside the
+// first. The pair is one row.
+void MeasureRouter(Report& report, int64_t m) {
+  constexpr int64_t kHidden = 7168;
+  const int copies = CopiesPastL2(2 * kExperts * kHidden);
+  std::vector<DeviceArray<Bf16>> weights_of_gate;
+  for (int i = 0; i < copies; ++i)
+    weights_of_gate.push_back(RandomBf16(kExperts * kHidden, 40 + static_cast<uint64_t>(i), 0.02f));
+  const DeviceArray<Bf16> x = RandomBf16(m * kHidden, 99);
+  const DeviceArray<float> logits(m * kExperts), bias = RandomFloats(kExperts, 9, 0.1f);
+  const DeviceArray<ExpertId> experts(m * kTopK);
+  const DeviceArray<float> weights(m * kTopK);
+  kernels::cuda::Bf16LinearParams gate;
+  gate.m = m;
+  gate.n = gate.out_stride = kExperts;
+  gate.k = gate.x_stride = gate.weight_stride = kHidden;
+  gate.x = x.get();
+  gate.out_f32 = logits.get();
+  kernels::GateSelectParams select;
+  select.m = m;
+  select.config = DeepSeekV3();
+  select.logits = logits.get();
+  select.bias = bias.get();
+  select.experts = experts.get();
+  select.weights = weights.get();
+  Row row;
+  row.kernel = "gate and choice";
+  row.shape = absl::StrCat("256 x 7168, float32 logits, top 8, M=", m);
+  row.timing = TimeGraph(copies, [&](int i, cudaStream_t stream) {
+    gate.weight = weights_of_gate[static_cast<size_t>(i)].get();
+    const absl::Status status = kernels::cuda::LaunchBf16Linear(gate, stream);
+    return status.ok() ? kernels::cuda::LaunchGateSelect(select, stream) : status;
+  });
+  row.bytes = 2.0 * static_cast<double>((kExperts + m) * kHidden) +
+              static_cast<double>(m) * (4 * kExperts + 8 * kTopK);
+  row.flops = 2.0 * static_cast<double>(m * kExperts * kHidden);
+  row.flop_rate = kBf16FlopRate;
+  if (m == 128) row.aim_us = 6;
   report.Add(row);
 }
 
@@ -142,6 +191,7 @@ void MeasureSampling(Report& report) {
 
 void BenchChoose(Report& report) {
   for (const int64_t m : {1, 16, 128, 4096}) MeasureGate(report, m);
+  for (const int64_t m : {1, 16, 128}) MeasureRouter(report, m);
   MeasureSampling(report);
 }
 

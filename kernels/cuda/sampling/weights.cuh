@@ -20,40 +20,40 @@ __device__ __forceinline__ float WeightExponent(float logit, float maximum, floa
   return fmaxf(__fmul_rn(__fsub_rn(logit, maximum), factor), kLeastExponent);
 }
 
-// A mass in two parts: a multiple of 2^-18 and what is left in multiples of 2^-41.
+// A mass in two parts, a multiple of 2^-18 and what is left in multiples of 2^-41 (-2^22 .. 2^22),
+// each as the representation of a float in whose low bits the multiple stands: adding 1.5 * 2^k
+// rounds a float to a multiple of 2^(k - 23) and leaves the multiple there.
+constexpr float kHighMagic = 48.0f, kLowMagic = 1.5f / 262144;
 struct MassParts {
-  float high;   // 0 .. 1
-  int32_t low;  // -2^22 .. 2^22
+  uint32_t high;
+  uint32_t low;
 };
 __device__ __forceinline__ MassParts PartsOf(float exponent) {
-  // Adding 1.5 * 2^k rounds a float to a multiple of 2^(k - 23) and leaves the multiple in the low
-  // bits of its representation.
-  constexpr float kHighMagic = 48.0f, kLowMagic = 1.5f / 262144;
   float weight;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(exponent));
-  const float high = __fsub_rn(__fadd_rn(weight, kHighMagic), kHighMagic);
-  const float rest = __fsub_rn(weight, high);
-  return {high, __float_as_int(__fadd_rn(rest, kLowMagic)) - __float_as_int(kLowMagic)};
+  const float high = __fadd_rn(weight, kHighMagic);
+  const float rest = __fsub_rn(weight, __fsub_rn(high, kHighMagic));
+  return {__float_as_uint(high), __float_as_uint(__fadd_rn(rest, kLowMagic))};
 }
 
-// The sum of up to kMostSummed masses, exact in both parts.
-constexpr int kMostSummed = 64;
+// The sum of up to 500 masses.
 struct MassSum {
-  float high = 0.0f;
-  int32_t low = 0;
+  uint32_t high = 0, low = 0;  // modulo 2^32
   __device__ __forceinline__ void Add(MassParts parts) {
-    high = __fadd_rn(high, parts.high);
+    high += parts.high;
     low += parts.low;
   }
-  __device__ __forceinline__ int64_t Total() const {
-    return (static_cast<int64_t>(static_cast<int32_t>(high * 262144.0f)) << 23) + low;
+  // `count`: of the masses added.
+  __device__ __forceinline__ int64_t Total(uint32_t count) const {
+    return (static_cast<int64_t>(high - count * __float_as_uint(kHighMagic)) << 23) +
+           static_cast<int32_t>(low - count * __float_as_uint(kLowMagic));
   }
 };
 
 __device__ __forceinline__ uint64_t MassOf(float exponent) {
   MassSum sum;
   sum.Add(PartsOf(exponent));
-  return static_cast<uint64_t>(sum.Total());
+  return static_cast<uint64_t>(sum.Total(1));
 }
 
 // Unsigned integers in the order of the floats; NaN is placed with -infinity, -0 with +0.

@@ -11,6 +11,7 @@
 #include <limits>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/gate.h"
@@ -350,6 +351,77 @@ TEST_F(GateSelectTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
     compared += values;
   }
   std::printf("%ld values compared\n", compared);
+  EXPECT_TRUE(competing.Runs());
+}
+
+// Many rows in one call, against the same rows in calls of `chunk` rows that begin `shift` rows
+// further on. A row's place in its call then differs, and so does what stands around it.
+TEST_F(GateSelectTest, ChunksAndPlacesDoNotReachTheBits) {
+  constexpr int64_t kRows = 1 << 18, kMostShift = 1367, kExperts = 256;
+  std::vector<float> logits(static_cast<size_t>((kRows + kMostShift) * kExperts));
+  Prng random(21);
+  for (float& z : logits) z = 8.0f * random.Unit() - 4.0f;
+  for (size_t i = 0; i < logits.size(); i += 1 + random.Below(50'000)) {
+    logits[i] = i % 3 == 0   ? std::nanf("")
+                : i % 3 == 1 ? std::numeric_limits<float>::infinity()
+                             : 3e38f;
+  }
+  std::copy_n(logits.begin(), kMostShift * kExperts, logits.begin() + kRows * kExperts);
+  const DeviceBuffer<float> rows(logits);
+  const DeviceBuffer<float> bias(RandomFloats(random, kExperts, 0.1f));
+  GateConfig softmax = DeepSeekV3();
+  softmax.scoring_func = ScoringFunc::kSoftmax;
+  softmax.topk_method = TopkMethod::kGroupLimitedGreedy;
+  GateConfig small_groups = DeepSeekV3();
+  small_groups.n_group = 64;
+  small_groups.topk_group = 9;
+  DeviceBuffer<ExpertId> experts(static_cast<size_t>(kRows * 8));
+  DeviceBuffer<float> weights(static_cast<size_t>(kRows * 8));
+  const auto words = [](const auto& values) {
+    std::vector<uint32_t> bits(values.size());
+    std::memcpy(bits.data(), values.data(), bits.size() * sizeof(uint32_t));
+    return bits;
+  };
+  int64_t compared = 0;
+  for (const GateConfig& config : {DeepSeekV3(), softmax, small_groups}) {
+    // Rows [0, m) of the buffer turned by `shift` rows, in calls of `chunk` rows.
+    const auto select = [&](int64_t m, int64_t chunk, int64_t shift) {
+      experts.Poison();
+      weights.Poison();
+      GateSelectParams params;
+      params.config = config;
+      params.bias = bias.get();
+      for (int64_t row = 0; row < m; row += chunk) {
+        params.m = std::min(chunk, m - row);
+        params.logits = rows.get() + (shift + row) * kExperts;
+        params.experts = experts.get() + row * 8;
+        params.weights = weights.get() + row * 8;
+        const absl::Status status = LaunchGateSelect(params, nullptr);
+        EXPECT_TRUE(status.ok()) << status.ToString();
+        if (!status.ok()) break;
+      }
+      return std::make_pair(words(experts.Download()), words(weights.Download()));
+    };
+    const auto [all_experts, all_weights] = select(kRows, kRows, 0);
+    const CompetingKernel competing;
+    for (const int64_t chunk : {1, 16, 63, 512}) {
+      const int64_t m = chunk == 1 ? 1 << 14 : kRows - kMostShift;
+      for (const int64_t shift : {int64_t{0}, int64_t{1}, kMostShift}) {
+        const auto [found_experts, found_weights] = select(m, chunk, shift);
+        int64_t different = 0;
+        for (int64_t i = 0; i < m * 8; ++i) {
+          const auto at = static_cast<size_t>(i), as = static_cast<size_t>(i + shift * 8);
+          different += found_experts[at] != all_experts[as] || found_weights[at] != all_weights[as];
+        }
+        EXPECT_EQ(different, 0) << NameOf(config) << ", calls of " << chunk << " rows, " << shift
+                                << " rows on";
+        compared += 16 * m;
+      }
+    }
+    EXPECT_TRUE(competing.Runs());
+  }
+  std::printf("%ld values compared\n", compared);
+  EXPECT_GE(compared, 100'000'000);
 }
 
 TEST_F(GateSelectTest, ABatchDependentSumWouldBeFound) {
@@ -386,6 +458,7 @@ TEST_F(GateSelectTest, LaunchesBesideACompetingKernelAgree) {
     experts.Poison();
     weights.Poison();
   }
+  EXPECT_TRUE(competing.Runs());
 }
 
 TEST_F(GateSelectTest, ConfigurationsThatItCannotTakeAreRefusedByName) {

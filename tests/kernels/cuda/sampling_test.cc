@@ -130,28 +130,6 @@ class Runner {
   DeviceBuffer<float> given_logprobs_;
 };
 
-// Draws on a stream of its own beside those under test. (A CompetingKernel would not do: its CTAs
-// leave multiprocessors with little shared memory, and clusters that need much wait for it to end.)
-class OtherDraws {
- public:
-  explicit OtherDraws(const Batch& batch) : runner_(batch), params_(runner_.Prepare(batch)) {
-    ExpectCudaOk(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
-  }
-  ~OtherDraws() {
-    ExpectCudaOk(cudaStreamSynchronize(stream_), "other draws");
-    cudaStreamDestroy(stream_);
-  }
-  void Launch() {
-    const absl::Status status = LaunchSample(params_, stream_);
-    EXPECT_TRUE(status.ok()) << status.ToString();
-  }
-
- private:
-  Runner runner_;
-  SampleParams params_;
-  cudaStream_t stream_ = nullptr;
-};
-
 Drawn DrawOnGpu(const Batch& batch) { return Runner(batch).Draw(batch); }
 
 double LogProbExactly(absl::Span<const float> logits, TokenId token) {
@@ -255,28 +233,29 @@ TEST_F(SamplingTest, DrawsTheReferencesTokens) {
   Prng random(1);
   int64_t rows = 0, unclear = 0, reference_unclear = 0;
   double largest_error = 0;
-  for (const auto& [vocab, stride, repeats] : {std::array<int64_t, 3>{1, 1, 1},
-                                               {2, 4, 2},
-                                               {31, 37, 4},
-                                               {100, 100, 4},
-                                               {1000, 1001, 3},
-                                               {4096, 4096, 3},
-                                               {8193, 8196, 2},
-                                               {129280, 129280, 1},
-                                               {163840, 163843, 1}}) {
+  // Up to 15 rows take clusters, more do without. Large rows are costly on the host: few shapes.
+  constexpr int64_t kAll = static_cast<int64_t>(Shape::kCount);
+  for (const auto& [vocab, stride, repeats, shapes] :
+       {std::array<int64_t, 4>{1, 1, 1, kAll},
+        {2, 4, 2, kAll},
+        {31, 37, 4, kAll},
+        {100, 100, 4, kAll},
+        {1000, 1001, 3, kAll},
+        {4096, 4096, 3, kAll},
+        {8193, 8196, 2, kAll},
+        {129280, 129280, 1, 2},
+        {163840, 163843, 1, 2},
+        {kSamplingMaxVocab, kSamplingMaxVocab, 1, 1}}) {
     for (int64_t repeat = 0; repeat < repeats; ++repeat) {
       Batch batch;
       batch.vocab = vocab;
       batch.stride = stride;
-      int shape = static_cast<int>(repeat);
+      int64_t shape = repeat;
       for (SamplingParams params : Mixture()) {
         params.seed = random.Next();
-        // Large rows are costly on the host: one shape a parameter set there.
-        const int shapes = vocab > 10000 ? 1 : static_cast<int>(Shape::kCount);
-        for (int i = 0; i < shapes; ++i) {
-          batch.Add(RandomRow(random, vocab,
-                              static_cast<Shape>(shape++ % static_cast<int>(Shape::kCount))),
-                    params, random.Below(1000));
+        for (int64_t i = 0; i < shapes; ++i) {
+          batch.Add(RandomRow(random, vocab, static_cast<Shape>(shape++ % kAll)), params,
+                    random.Below(1000));
         }
       }
       const Drawn drawn = DrawOnGpu(batch);
@@ -430,14 +409,9 @@ TEST_F(SamplingTest, GivenTokensHaveTheBitsThatADrawHas) {
 
 // One row with every parameter set of the mixture, at several places of batches of every size.
 // Returns how many results were compared and how many differ from the row's alone.
-std::pair<int64_t, int64_t> CompareAtPlaces(bool batch_dependent, int other_draws = 0) {
+std::pair<int64_t, int64_t> CompareAtPlaces(bool batch_dependent) {
   Runner runner(512, 6004);
-  Batch beside;
-  beside.vocab = beside.stride = 70000;
-  Prng other_random(15);
-  for (const SamplingParams& params : Mixture())
-    beside.Add(RandomRow(other_random, beside.vocab, Shape::kNormal), params, 5);
-  OtherDraws draws_beside(beside);
+  const CompetingKernel competing;
   constexpr int64_t kVocab = 6001;
   Prng random(5);
   int64_t compared = 0, different = 0;
@@ -475,7 +449,6 @@ std::pair<int64_t, int64_t> CompareAtPlaces(bool batch_dependent, int other_draw
         other[random.Below(kVocab)] = i % 3 == 0 ? std::nanf("") : i % 3 == 1 ? kInfinity : 3e38f;
         batch.Add(other, others, static_cast<uint64_t>(i));
       }
-      for (int i = 0; i < other_draws; ++i) draws_beside.Launch();
       Drawn drawn = runner.Draw(batch);
       if (batch_dependent) {
         drawn.logprobs = runner.LogSumsByBatch(batch);
@@ -491,11 +464,12 @@ std::pair<int64_t, int64_t> CompareAtPlaces(bool batch_dependent, int other_draw
       }
     }
   }
+  EXPECT_TRUE(competing.Runs());
   return {compared, different};
 }
 
 TEST_F(SamplingTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
-  const auto [compared, different] = CompareAtPlaces(false, 50);
+  const auto [compared, different] = CompareAtPlaces(false);
   EXPECT_EQ(different, 0);
   std::printf("%ld results compared\n", compared);
 }
@@ -504,28 +478,91 @@ TEST_F(SamplingTest, ABatchDependentSumWouldBeFound) {
   EXPECT_GT(CompareAtPlaces(true).second, 50);
 }
 
-TEST_F(SamplingTest, LaunchesBesideOthersAgree) {
-  Prng random(6);
+// A batch in one call, against the same rows in calls of `chunk` rows that begin `shift` rows
+// further on: every row at many places. A result is a function of its row's 129,280 logits.
+TEST_F(SamplingTest, ChunksAndPlacesDoNotReachTheBits) {
+  constexpr int64_t kRows = 192, kShifts = 16, kVocab = 129280;
+  Prng random(31);
   Batch batch;
-  batch.vocab = batch.stride = 8000;
-  for (const SamplingParams& params : Mixture()) {
-    batch.Add(RandomRow(random, batch.vocab,
-                        static_cast<Shape>(batch.m() % static_cast<int>(Shape::kCount))),
-              params, 5);
-  }
+  batch.vocab = batch.stride = kVocab;
+  std::vector<SamplingParams> mixture = Mixture();
+  mixture.push_back({});
+  mixture.push_back({});
+  const auto add = [&](int64_t i) {
+    SamplingParams params = mixture[static_cast<size_t>(i) % mixture.size()];
+    params.seed = static_cast<uint64_t>(i);
+    batch.Add(
+        RandomRow(random, kVocab, static_cast<Shape>(i / 3 % static_cast<int64_t>(Shape::kCount))),
+        params, static_cast<uint64_t>(i));
+  };
+  for (int64_t i = 0; i < kRows; ++i) add(i);
   Runner runner(batch);
-  const SampleParams params = runner.Prepare(batch);
-  OtherDraws other(batch);
-  uint64_t first = 0;
-  for (int launch = 0; launch < 10'000; ++launch) {
-    if (launch % 3 == 0) other.Launch();
-    ASSERT_STATUS_OK(LaunchSample(params, nullptr));
-    if (launch % 100 != 0) continue;
-    const Drawn drawn = runner.Read(batch);
-    const uint64_t hash = HashOf(drawn.tokens) ^ HashOf(drawn.logprobs);
-    if (launch == 0) first = hash;
-    ASSERT_EQ(hash, first) << "launch " << launch;
-    runner.Poison();
+  const SampleParams all = runner.Prepare(batch);
+  ASSERT_STATUS_OK(LaunchSample(all, nullptr));
+  const Drawn expected = runner.Read(batch);
+  const CompetingKernel competing;
+  int64_t results = 0;
+  for (const int64_t chunk : {1, 16, 63, 512}) {
+    for (int64_t shift = 0; shift < kShifts; ++shift) {
+      runner.Poison();
+      for (int64_t row = shift; row < kRows; row += chunk) {
+        SampleParams params = all;
+        params.m = std::min(chunk, kRows - row);
+        params.logits += row * kVocab;
+        params.params += row;
+        params.token_index += row;
+        params.tokens += row;
+        params.logprobs += row;
+        ASSERT_STATUS_OK(LaunchSample(params, nullptr));
+      }
+      const Drawn drawn = runner.Read(batch);
+      for (auto at = static_cast<size_t>(shift); at < static_cast<size_t>(kRows); ++at) {
+        ASSERT_EQ(drawn.tokens[at], expected.tokens[at])
+            << "row " << at << ", calls of " << chunk << " rows, " << shift << " rows on";
+        ASSERT_EQ(HashOf(std::vector<float>{drawn.logprobs[at]}),
+                  HashOf(std::vector<float>{expected.logprobs[at]}))
+            << "row " << at << ", calls of " << chunk << " rows, " << shift << " rows on";
+        results += 2;
+      }
+    }
+  }
+  EXPECT_TRUE(competing.Runs());
+  std::printf("%ld results compared, of %ld logits\n", results, results / 2 * kVocab);
+  EXPECT_GE(results, 20'000);
+  EXPECT_GE(results / 2 * kVocab, 1'000'000'000);
+}
+
+TEST_F(SamplingTest, LaunchesBesideACompetingKernelAgree) {
+  const std::vector<SamplingParams> greedy(1), mixture = Mixture();
+  struct Case {
+    size_t rows;
+    int64_t vocab;
+    const std::vector<SamplingParams>& params;
+  };
+  // In clusters, and not.
+  for (const Case& c :
+       {Case{13, 40000, greedy}, {13, 40000, mixture}, {39, 20000, greedy}, {39, 20000, mixture}}) {
+    Prng random(6);
+    Batch batch;
+    batch.vocab = batch.stride = c.vocab;
+    for (size_t i = 0; i < c.rows; ++i) {
+      batch.Add(RandomRow(random, c.vocab, i % 2 == 0 ? Shape::kNormal : Shape::kPeaked),
+                c.params[i % c.params.size()], 5);
+    }
+    Runner runner(batch);
+    const SampleParams params = runner.Prepare(batch);
+    const CompetingKernel competing;
+    uint64_t first = 0;
+    for (int launch = 0; launch < 10'000; ++launch) {
+      ASSERT_STATUS_OK(LaunchSample(params, nullptr));
+      if (launch % 100 != 0) continue;
+      const Drawn drawn = runner.Read(batch);
+      const uint64_t hash = HashOf(drawn.tokens) ^ HashOf(drawn.logprobs);
+      if (launch == 0) first = hash;
+      ASSERT_EQ(hash, first) << c.rows << " rows, launch " << launch;
+      runner.Poison();
+    }
+    EXPECT_TRUE(competing.Runs()) << "no launch ran beside it";
   }
 }
 

@@ -1,0 +1,196 @@
+#pragma once
+
+// What the CTAs of a cluster, or one CTA alone, tell each other of the row that they hold. Every
+// reduction here is of integers or a maximum: exact, whatever the order and the number of CTAs; but
+// for sums of floats, which serve guesses.
+
+#include <cstdint>
+
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/sampling/slice.cuh"
+
+namespace moebius::kernels::cuda {
+
+// The CTAs that hold a row.
+template <int kRanks>
+__device__ __forceinline__ uint32_t RankOfCta() {
+  uint32_t rank = 0;
+  if (kRanks > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+template <int kRanks>
+__device__ __forceinline__ void RowBarrier() {
+  if (kRanks > 1) {
+    ClusterBarrier();
+  } else {
+    __syncthreads();
+  }
+}
+// Stores to, adds to, lowers and loads what lies at `at` in the shared memory of CTA `rank`.
+template <int kRanks>
+__device__ __forceinline__ void StoreAt(uint64_t* at, uint32_t rank, uint64_t value) {
+  if (kRanks == 1) {
+    *at = value;
+    return;
+  }
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(ClusterAddress(SharedAddress(at), rank)),
+               "l"(value)
+               : "memory");
+}
+template <int kRanks>
+__device__ __forceinline__ uint32_t AddAt(uint32_t* at, uint32_t rank, uint32_t value) {
+  if (kRanks == 1) return atomicAdd(at, value);
+  uint32_t before;
+  asm volatile("atom.relaxed.cluster.shared::cluster.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(ClusterAddress(SharedAddress(at), rank)), "r"(value)
+               : "memory");
+  return before;
+}
+template <int kRanks>
+__device__ __forceinline__ void MinAt(uint32_t* at, uint32_t rank, uint32_t value) {
+  if (kRanks == 1) {
+    atomicMin(at, value);
+    return;
+  }
+  asm volatile("red.relaxed.cluster.shared::cluster.min.u32 [%0], %1;" ::"r"(
+                   ClusterAddress(SharedAddress(at), rank)),
+               "r"(value)
+               : "memory");
+}
+template <int kRanks>
+__device__ __forceinline__ uint4 LoadAt(const uint4* at, uint32_t rank) {
+  if (kRanks == 1) return *at;
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(ClusterAddress(SharedAddress(at), rank))
+               : "memory");
+  return v;
+}
+
+// Sums or extremes over a row, known to all threads.
+enum class Fold { kSum, kMax };
+constexpr int kMostExchanged = 4;
+template <int kRanks>
+struct ExchangeMemory {
+  uint64_t of_warp[kMostExchanged][kWarps];
+  // Two that take turns: a CTA may send anew while another still reads.
+  uint64_t of_rank[2][kMostExchanged][kRanks];
+};
+
+template <Fold kFold>
+__device__ __forceinline__ uint64_t FoldTwo(uint64_t x, uint64_t y) {
+  if (kFold == Fold::kSum) return x + y;
+  return x < y ? y : x;
+}
+// Over groups of kWidth lanes.
+template <Fold kFold, int kWidth>
+__device__ __forceinline__ uint64_t FoldLanes(uint64_t value) {
+#pragma unroll
+  for (int width = kWidth / 2; width >= 1; width /= 2)
+    value = FoldTwo<kFold>(value, __shfl_xor_sync(kAllLanes, value, width));
+  return value;
+}
+
+// Over a warp: values below 2^51, maxima of values below 2^32.
+template <Fold kFold>
+__device__ __forceinline__ uint64_t FoldWarp(uint64_t value) {
+  if (kFold == Fold::kSum) {
+    const uint32_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value) & 0xffffffu);
+    const uint32_t high = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value >> 24));
+    return (static_cast<uint64_t>(high) << 24) + low;
+  }
+  return __reduce_max_sync(kAllLanes, static_cast<uint32_t>(value));
+}
+
+// Replaces each of `values` (as FoldWarp takes them) by its fold over all threads of the row's
+// CTAs. All threads call it; `turn` counts the calls. What threads wrote to shared memory before is
+// visible after it.
+template <Fold... kFolds, int kRanks>
+__device__ __forceinline__ void Exchange(ExchangeMemory<kRanks>& memory, uint32_t rank, int& turn,
+                                         uint64_t (&values)[sizeof...(kFolds)]) {
+  static_assert(sizeof...(kFolds) <= kMostExchanged && kWarps == 16);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  turn ^= 1;
+  const auto fold_warp = [&]<Fold kFold>(int i) {
+    const uint64_t value = FoldWarp<kFold>(values[i]);
+    if (lane == 0) memory.of_warp[i][warp] = value;
+  };
+  int i = 0;
+  (fold_warp.template operator()<kFolds>(i++), ...);
+  __syncthreads();
+  const auto fold_cta = [&]<Fold kFold>(int of) {
+    if (warp != of) return;
+    const uint64_t value = FoldLanes<kFold, 16>(memory.of_warp[of][lane % 16]);
+    if (lane < kRanks)
+      StoreAt<kRanks>(&memory.of_rank[turn][of][rank], static_cast<uint32_t>(lane), value);
+  };
+  i = 0;
+  (fold_cta.template operator()<kFolds>(i++), ...);
+  RowBarrier<kRanks>();
+  const auto fold_row = [&]<Fold kFold>(int of) {
+    values[of] = memory.of_rank[turn][of][0];
+#pragma unroll 1
+    for (int r = 1; r < kRanks; ++r)
+      values[of] = FoldTwo<kFold>(values[of], memory.of_rank[turn][of][r]);
+  };
+  i = 0;
+  (fold_row.template operator()<kFolds>(i++), ...);
+}
+
+// Inclusive sums of two values over the threads of the CTA. `scratch` may be used again after a
+// __syncthreads.
+__device__ __forceinline__ void InclusiveScan(uint64_t& x, uint64_t& y,
+                                              uint64_t (&scratch)[2][kWarps]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint64_t lower_x = __shfl_up_sync(kAllLanes, x, distance);
+    const uint64_t lower_y = __shfl_up_sync(kAllLanes, y, distance);
+    if (lane >= distance) {
+      x += lower_x;
+      y += lower_y;
+    }
+  }
+  if (lane == 31) {
+    scratch[0][warp] = x;
+    scratch[1][warp] = y;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps - 1; ++w) {
+    x += w < warp ? scratch[0][w] : 0;
+    y += w < warp ? scratch[1][w] : 0;
+  }
+}
+
+// The same for kCount floats.
+template <int kCount>
+__device__ __forceinline__ void InclusiveScan(float (&values)[kCount],
+                                              float (&scratch)[kCount][kWarps]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto scan = [&](float& value) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float lower = __shfl_up_sync(kAllLanes, value, distance);
+      if (lane >= distance) value += lower;
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    scan(values[i]);
+    if (lane == 31) scratch[i][warp] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float of_warps = lane < warp ? scratch[i][lane % kWarps] : 0.0f;
+#pragma unroll
+    for (int width = kWarps / 2; width >= 1; width /= 2)
+      of_warps += __shfl_xor_sync(kAllLanes, of_warps, width);
+    values[i] += __shfl_sync(kAllLanes, of_warps, 0);
+  }
+}
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,164 @@
+#pragma once
+
+// What a CTA keeps in shared memory beside its slice, and what a thread keeps of its row.
+
+#include <cstdint>
+
+#include "kernels/cuda/sampling/row.cuh"
+
+namespace moebius::kernels::cuda {
+
+constexpr int kBins = kThreads;
+constexpr int kMostListed = 24;     // candidates of a thread
+constexpr int kMostGathered = 256;  // of a row
+
+struct Candidate {
+  uint64_t key;
+  uint64_t mass;
+};
+
+// Candidates by their weight's exponent: not above `above` but above `end`. Those above `above`
+// come before it in the order, those not above `end` after it.
+struct Bracket {
+  float above;
+  float end;
+  // Whether it begins with the best candidate.
+  __device__ __forceinline__ bool FromBest() const { return above == 0.0f; }
+  __device__ __forceinline__ bool Has(float exponent) const {
+    return exponent <= above && exponent > end;
+  }
+};
+
+// Bins of equal width in the exponent, monotone in the order of candidates as the exponent is. What
+// is below the last bin counts to it.
+struct BinRule {
+  float from;
+  float per_octave;
+  __device__ __forceinline__ int Of(float exponent) const {
+    const float at = __fmul_rn(__fsub_rn(from, exponent), per_octave);
+    return static_cast<int>(fminf(fmaxf(at, 0.0f), static_cast<float>(kBins - 1)));
+  }
+  // The mass of a candidate at the upper edge of bin `edge`, as a float.
+  __device__ __forceinline__ float MassAt(float edge, float octaves_of_bin) const {
+    return exp2f(fminf(from - edge * octaves_of_bin, 0.0f)) * 2199023255552.0f;
+  }
+};
+__device__ __forceinline__ BinRule BinRuleOf(Bracket bracket) {
+  constexpr float kOctaves = 16.0f;  // as far as a bracket's end is finite
+  return {bracket.above, static_cast<float>(kBins) /
+                             (bracket.above - fmaxf(bracket.end, bracket.above - kOctaves))};
+}
+
+// The candidates in the bracket that each thread found among its own logits; it alone reads them.
+struct Lists {
+  float logits[kMostListed][kThreads];
+  uint16_t numbers[kMostListed][kThreads];
+};
+
+union Histogram {
+  uint4 counts[kBins];  // four counters a bin, for different lanes
+  struct {
+    uint64_t mass[kBins];
+    uint32_t count[kBins];
+  } sums;
+};
+
+// Estimated sums over the bins of exponents up to each.
+struct Curve {
+  float mass[kBins];
+  float spread[kBins];  // the variance of the mass
+  float tops[kBins];    // threads' largest logits: counted, not sampled
+  float others[kBins];
+};
+
+template <int kRanks>
+struct RowMemory {
+  Histogram histogram;
+  ExchangeMemory<kRanks> exchange;
+  Candidate gathered[kMostGathered];  // of CTA 0
+  uint32_t appended;                  // 0 but between gathering and what is made of it
+  uint64_t scan[2][kWarps];
+  float scan_floats[4][kWarps];
+  uint32_t tops[kBins];  // threads' largest logits, by their exponents
+  float first_of_warp[kWarps];
+  Curve curve;
+  // The bins in which a running sum passes its target, [begin, end): candidates before and in them.
+  int begin, end;
+  uint64_t count_before, count_within;
+  uint64_t mass_before;
+  bool has_nan;
+  uint32_t first_largest;  // id
+  float log_sum;
+  // What was selected: its key, and the sum of masses up to it, or 0 if nothing was.
+  uint64_t chosen_key;
+  uint64_t chosen_mass;
+};
+
+// The row's state in each thread's registers.
+struct RowState {
+  Slice slice;
+  Lists* lists;
+  uint32_t rank;
+  int turn = 0;          // of Exchange
+  bool counted = false;  // the bracket's candidates, in the histogram, by BinRuleOf
+  int listed = 0;        // by this thread, also those that found no place in its list
+  float maximum;
+  float factor;  // log2(e) / temperature
+};
+
+__device__ __forceinline__ float ExponentOf(const RowState& row, float logit) {
+  return WeightExponent(logit, row.maximum, row.factor);
+}
+
+template <int kRanks>
+__device__ __forceinline__ void ClearHistogram(RowMemory<kRanks>& memory) {
+  static_assert(kBins == kThreads);
+  memory.histogram.counts[threadIdx.x] = make_uint4(0, 0, 0, 0);
+}
+// Adds to one of a bin's counters.
+template <int kRanks>
+__device__ __forceinline__ void CountInBin(RowMemory<kRanks>& memory, int bin, uint32_t count) {
+  atomicAdd(&reinterpret_cast<uint32_t*>(memory.histogram.counts)[4 * bin + threadIdx.x % 4],
+            count);
+}
+
+// Copies a candidate to the gathered ones of CTA 0, where there is room.
+template <int kRanks>
+__device__ __forceinline__ void Gather(RowMemory<kRanks>& memory, const RowState& row, float logit,
+                                       int place) {
+  const uint32_t at = AddAt<kRanks>(&memory.appended, 0, 1);
+  if (at >= kMostGathered) return;
+  StoreAt<kRanks>(&memory.gathered[at].key, 0, CandidateKey(logit, row.slice.first_id + place));
+  StoreAt<kRanks>(&memory.gathered[at].mass, 0, MassOf(ExponentOf(row, logit)));
+}
+
+// In CTA 0, of `count` gathered candidates: one to each group of threads, the first of which gets
+// how many come before it and the mass of those up to it. False for all other threads.
+template <int kRanks>
+__device__ __forceinline__ bool RankGathered(const RowMemory<kRanks>& memory, uint32_t count,
+                                             Candidate& mine, uint32_t& rank,
+                                             uint64_t& mass_up_to) {
+  static_assert(kMostGathered == kThreads / 2);
+  const uint32_t width = count <= kThreads / 8 ? 8 : count <= kThreads / 4 ? 4 : 2;
+  const uint32_t at = threadIdx.x / width, part = threadIdx.x % width;
+  rank = 0;
+  mass_up_to = 0;
+  mine = {0, 0};
+  if (at < count) {
+    mine = memory.gathered[at];
+#pragma unroll 4
+    for (uint32_t i = part; i < count; i += width) {
+      const Candidate other = memory.gathered[i];
+      rank += other.key < mine.key;
+      if (other.key <= mine.key) mass_up_to += other.mass;
+    }
+  }
+  __syncwarp();
+  for (uint32_t distance = width / 2; distance >= 1; distance /= 2) {
+    rank += __shfl_xor_sync(kAllLanes, rank, distance);
+    mass_up_to += __shfl_xor_sync(kAllLanes, mass_up_to, distance);
+  }
+  return at < count && part == 0;
+}
+
+}  // namespace moebius::kernels::cuda

@@ -1,0 +1,110 @@
+#pragma once
+
+// A CTA's slice of a row of logits, a whole row if it is alone.
+//
+// A thread reads the same logits in every pass, so none waits for another: the first batches of the
+// slice stay in shared memory, the last in registers until it has been weighed; those between are
+// read again, from L2 as a rule.
+
+#include <cstdint>
+
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/sampling/weights.cuh"
+
+namespace moebius::kernels::cuda {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTogether = 8;  // quads of four logits that a thread loads at once: a batch
+constexpr int kBatch = 4 * kTogether * kThreads;
+constexpr int kBatchBytes = kBatch * static_cast<int>(sizeof(float));
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// The slice of this CTA.
+struct Slice {
+  const float* from;
+  float4* kept;  // shared memory: [batches_kept][kTogether][kThreads]
+  int count;
+  int first_id;
+  int batches_kept;  // if there are as many
+  bool vectors;      // 16-aligned, and count is a multiple of 4
+  __device__ __forceinline__ int Batches() const { return (count + kBatch - 1) / kBatch; }
+};
+
+__host__ __device__ constexpr int SliceOf(int vocab, int ranks) {
+  return ((vocab + ranks - 1) / ranks + 3) / 4 * 4;
+}
+__device__ __forceinline__ Slice MakeSlice(const float* row, int vocab, bool aligned, uint32_t rank,
+                                           int ranks, float4* kept, int most_kept) {
+  const int slice = SliceOf(vocab, ranks);
+  const int begin = min(vocab, static_cast<int>(rank) * slice);
+  const int count = min(vocab, begin + slice) - begin;
+  return {row + begin, kept, count, begin, most_kept, aligned && count % 4 == 0};
+}
+
+// A thread's logits are numbered: 4 * kTogether a batch. Their places in the slice:
+__device__ __forceinline__ int PlaceOf(int number) {
+  return 4 * (number / 4 * kThreads + static_cast<int>(threadIdx.x)) + number % 4;
+}
+
+// This thread's quad of four logits; -infinity beyond the slice.
+__device__ __forceinline__ float4 LoadQuad(const Slice& slice, int quad) {
+  const float least = -__builtin_inff();
+  const int place = PlaceOf(4 * quad);
+  float4 four = make_float4(least, least, least, least);
+  if (place < slice.count) four.x = __ldcg(slice.from + place);
+  if (place + 1 < slice.count) four.y = __ldcg(slice.from + place + 1);
+  if (place + 2 < slice.count) four.z = __ldcg(slice.from + place + 2);
+  if (place + 3 < slice.count) four.w = __ldcg(slice.from + place + 3);
+  return four;
+}
+// `once`: what is not read again needs no room in L2.
+__device__ __forceinline__ float4 LoadVector(const float* from, bool once) {
+  float4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from), "l"(once ? kEvictFirst : kEvictNormal));
+  return v;
+}
+__device__ __forceinline__ void LoadBatch(const Slice& slice, int batch, bool once,
+                                          float4 (&quads)[kTogether]) {
+  const float least = -__builtin_inff();
+  const int first = PlaceOf(4 * batch * kTogether);
+  const float* const from = slice.from + first;
+  const int left = slice.count - first;
+  if (slice.vectors) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      quads[i] = 4 * i * kThreads < left ? LoadVector(from + 4 * i * kThreads, once)
+                                         : make_float4(least, least, least, least);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kTogether; ++i) {
+    const float* const at = from + 4 * i * kThreads;
+    quads[i] = make_float4(least, least, least, least);
+    if (4 * i * kThreads < left) quads[i].x = __ldcg(at);
+    if (4 * i * kThreads + 1 < left) quads[i].y = __ldcg(at + 1);
+    if (4 * i * kThreads + 2 < left) quads[i].z = __ldcg(at + 2);
+    if (4 * i * kThreads + 3 < left) quads[i].w = __ldcg(at + 3);
+  }
+}
+// The same for what has been kept.
+__device__ __forceinline__ float4 QuadOf(const Slice& slice, int quad) {
+  if (quad >= slice.batches_kept * kTogether) return LoadQuad(slice, quad);
+  return slice.kept[quad * kThreads + static_cast<int>(threadIdx.x)];
+}
+__device__ __forceinline__ float LogitOf(const Slice& slice, int number) {
+  if (number >= 4 * slice.batches_kept * kTogether) return __ldcg(slice.from + PlaceOf(number));
+  return reinterpret_cast<const float*>(
+      slice.kept)[4 * (number / 4 * kThreads + static_cast<int>(threadIdx.x)) + number % 4];
+}
+__device__ __forceinline__ void BatchOf(const Slice& slice, int batch, float4 (&quads)[kTogether]) {
+  if (batch >= slice.batches_kept) return LoadBatch(slice, batch, false, quads);
+#pragma unroll
+  for (int i = 0; i < kTogether; ++i)
+    quads[i] = slice.kept[(batch * kTogether + i) * kThreads + static_cast<int>(threadIdx.x)];
+}
+
+}  // namespace moebius::kernels::cuda
