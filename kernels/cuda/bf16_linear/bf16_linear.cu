@@ -52,7 +52,7 @@ Output OutputOf(const Bf16LinearParams& p, bool bulk) {
   return {data,
           f32,
           aligned && p.out_stride % 4 == 0 && p.out_head_stride % 4 == 0,
-          bulk && aligned && p.out_stride % (f32 ? 4 : 8) == 0 && (p.heads == 1 || p.n % 64 == 0),
+          bulk && aligned && p.out_stride % (f32 ? 4 : 8) == 0,
           static_cast<int>(p.m),
           static_cast<int>(p.n),
           p.out_stride,
@@ -84,7 +84,10 @@ absl::Status LaunchStream(const Bf16LinearParams& p, int segments, cudaStream_t 
   // evicted first, they make the writes of its many outputs dearer (docs/kernels-cuda.md).
   const bool once = shape.m_tiles == 1 && (segments > 1 || p.heads > 1);
   shape.weights_policy = once ? kEvictFirst : kEvictNormal;
-  shape.out = OutputOf(p, T::kBulk && segments == 1);
+  // The copy engine leaves out what lies beyond the whole output, not what lies beyond a head: there
+  // a ragged last tile would write into the next head's columns.
+  const bool whole_heads = p.heads == 1 || p.n % T::kRows == 0;
+  shape.out = OutputOf(p, T::kBulk && segments == 1 && whole_heads);
   ASSIGN_OR_RETURN(const CUtensorMap weights, WeightsMap(p, T::kTransposed ? kBlock : T::kRows));
   ASSIGN_OR_RETURN(const CUtensorMap tokens, TokensMap(p, T::kTokens));
   CUtensorMap out = {};
@@ -182,7 +185,8 @@ absl::Status Validate(const Bf16LinearParams& p) {
     return bad("weight_head_stride", p.weight_head_stride);
   }
   if (p.out_stride < p.n) return bad("out_stride", p.out_stride);
-  if (p.out_head_stride < 0) return bad("out_head_stride", p.out_head_stride);
+  if (p.out_head_stride < 0 || p.heads * p.out_head_stride > int64_t{1} << 30)
+    return bad("out_head_stride", p.out_head_stride);
   if ((p.m / 8 + 1) * (p.n / 64 + 1) * p.heads > int64_t{1} << 26)
     return bad("m * n * heads", p.m * p.n * p.heads);
   if (p.x == nullptr || reinterpret_cast<uintptr_t>(p.x) % 16 != 0) return pointer("x");

@@ -9,6 +9,7 @@
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/bf16.cuh"
 #include "kernels/cuda/device/bulk_store.cuh"
+#include "kernels/cuda/device/store_matrix.cuh"
 
 namespace moebius::kernels::cuda {
 
@@ -20,14 +21,6 @@ struct Output {
   int m, n;
   int64_t stride, head_stride;  // elements
 };
-
-// The 8 x 8 matrix of 16-bit elements of a warp (thread t: row t / 4, columns 2 (t % 4), + 1),
-// transposed.
-__device__ __forceinline__ uint32_t Transpose8x8(uint32_t pair) {
-  uint32_t out;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-  return out;
-}
 
 // Stores a warp's 16 rows of the weight from row0 on, of kTokens tokens. All lanes take part.
 template <int kTokens>
@@ -51,8 +44,8 @@ __device__ __forceinline__ void StoreSums(const Output& out, int head, int row0,
   const int row = row0 + (quad % 2 == 0 ? 2 * quad : 8 + 2 * (quad - 1));
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
-    const uint32_t low = Transpose8x8(RoundToBf16Pair(sums[4 * j], sums[4 * j + 1]));
-    const uint32_t high = Transpose8x8(RoundToBf16Pair(sums[4 * j + 2], sums[4 * j + 3]));
+    const uint32_t low = TransposeMatrix(RoundToBf16Pair(sums[4 * j], sums[4 * j + 1]));
+    const uint32_t high = TransposeMatrix(RoundToBf16Pair(sums[4 * j + 2], sums[4 * j + 3]));
     const uint32_t other = __shfl_xor_sync(0xffffffff, quad % 2 == 0 ? high : low, 1);
     const uint2 four = quad % 2 == 0 ? make_uint2(low, other) : make_uint2(other, high);
     const int token = token0 + 8 * j + lane / 4;
@@ -97,11 +90,9 @@ __device__ __forceinline__ void WritePiece(uint8_t* piece, int warp, const float
     const int token = 8 * (j + lane / 16) + lane % 8;
     const int chunk = (2 * warp + lane / 8 % 2) ^ (token & 7);
     const float* const v = sums + 4 * j;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     SharedAddress(piece + token * 128 + chunk * 16)),
-                 "r"(RoundToBf16Pair(v[0], v[1])), "r"(RoundToBf16Pair(v[2], v[3])),
-                 "r"(RoundToBf16Pair(v[4], v[5])), "r"(RoundToBf16Pair(v[6], v[7]))
-                 : "memory");
+    StoreMatrices4Transposed(SharedAddress(piece + token * 128 + chunk * 16),
+                             RoundToBf16Pair(v[0], v[1]), RoundToBf16Pair(v[2], v[3]),
+                             RoundToBf16Pair(v[4], v[5]), RoundToBf16Pair(v[6], v[7]));
   }
 }
 

@@ -20,7 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
-#include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/launch.h"
 
 namespace moebius::kernels::cuda {
 
@@ -37,22 +37,17 @@ __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// `shared_bytes` of dynamic shared memory, which the kernel must have been allowed to use.
+// Launch of such a kernel, with `shared_bytes` of dynamic shared memory.
 template <typename Params>
 absl::Status LaunchDependent(absl::string_view name, void (*kernel)(Params), dim3 grid,
                              unsigned threads, cudaStream_t stream, const Params& params,
-                             size_t shared_bytes = 0) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, kernel, params), name);
+                             int shared_bytes = 0) {
+  LaunchShape shape;
+  shape.grid = grid;
+  shape.threads = threads;
+  shape.shared_bytes = shared_bytes;
+  shape.overlaps = true;
+  return Launch(name, kernel, shape, stream, params);
 }
 
 }  // namespace moebius::kernels::cuda

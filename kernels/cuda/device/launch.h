@@ -23,25 +23,42 @@ struct LaunchShape {
   bool overlaps = false;
 };
 
+// Lets `kernel` take all the dynamic shared memory that its static memory leaves. Always the same
+// limit: threads that launch one kernel with different amounts cannot take it from each other.
+inline absl::Status AllowSharedMemory(absl::string_view name, const void* kernel) {
+  constexpr int kMostOfACta = 227 * 1024;  // compute capability 9.0
+  cudaFuncAttributes attributes;
+  RETURN_IF_ERROR(ToStatus(cudaFuncGetAttributes(&attributes, kernel), name));
+  const int most = kMostOfACta - static_cast<int>(attributes.sharedSizeBytes);
+  if (attributes.maxDynamicSharedSizeBytes == most) return absl::OkStatus();
+  return ToStatus(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+}
+
 // Enqueues `kernel`. INTERNAL, with `name`, if the driver refuses.
 template <typename... Params>
 absl::Status Launch(absl::string_view name, void (*kernel)(Params...), const LaunchShape& shape,
                     cudaStream_t stream, const Params&... params) {
-  RETURN_IF_ERROR(ToStatus(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-      name));
+  if (shape.shared_bytes > 0) {
+    RETURN_IF_ERROR(AllowSharedMemory(name, reinterpret_cast<const void*>(kernel)));
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
-  config.numAttrs = shape.overlaps ? 2 : 1;
+  if (shape.overlaps) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster.x * shape.cluster.y * shape.cluster.z > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.cluster.x, shape.cluster.y, shape.cluster.z};
+  }
   return ToStatus(cudaLaunchKernelEx(&config, kernel, params...), name);
 }
 

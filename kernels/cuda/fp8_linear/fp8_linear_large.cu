@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(384, 1)
       }
       float x_next[2 * kHalves], w_next[kScaleCount];
 #pragma unroll
-      for (int r = 0; r < 2 * kHalves; ++r) x_next[r] = __ldg(x_scale[r]);
+      for (int r = 0; r < 2 * kHalves; ++r) x_next[r] = *x_scale[r];
 #pragma unroll
       for (int r = 0; r < kScaleCount; ++r) w_next[r] = __ldg(w_scale[r]);
 
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int r = 0; r < 2 * kHalves; ++r) {
           x[r] = x_next[r];
-          x_next[r] = __ldg(x_scale[r] + ahead);
+          x_next[r] = x_scale[r][ahead];
         }
 #pragma unroll
         for (int r = 0; r < kScaleCount; ++r) {

@@ -443,31 +443,17 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   shape.segments = shape.chains + plan.groups * plan.tiles * 2 * kPartialHalf;
   shape.max_segments = plan.max_segments;
 
-  RETURN_IF_ERROR(
-      ToStatus(cudaFuncSetAttribute(MlaAttention, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(sizeof(Shared))),
-               "MlaAttention"));
-  const auto launch = [&](auto kernel, dim3 grid, int threads, size_t shared_bytes,
-                          const char* name, auto... arguments) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;  // both kernels wait themselves
-    config.attrs = &early;
-    config.numAttrs = 1;
-    return ToStatus(cudaLaunchKernelEx(&config, kernel, arguments...), name);
-  };
-  RETURN_IF_ERROR(launch(
-      MlaAttention, dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups)),
-      kThreads, sizeof(Shared), "MlaAttention", queries, cache, shape));
+  LaunchShape launch;
+  launch.grid = dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups));
+  launch.threads = kThreads;
+  launch.shared_bytes = static_cast<int>(sizeof(Shared));
+  launch.overlaps = true;
+  RETURN_IF_ERROR(Launch("MlaAttention", MlaAttention, launch, stream, queries, cache, shape));
   if (!plan.split || plan.max_segments == 1) return absl::OkStatus();
   const int64_t items = p.m * plan.tiles * kPartialQuads;
-  return launch(MergeSegments, dim3(static_cast<unsigned>(std::min<int64_t>(items, kMergeCtas))),
-                kMaxSplitRows, 0, "MergeSegments", shape);
+  return LaunchDependent("MergeSegments", MergeSegments,
+                         dim3(static_cast<unsigned>(std::min<int64_t>(items, kMergeCtas))),
+                         kMaxSplitRows, stream, shape);
 }
 
 absl::Status LaunchMlaAttention(const MlaAttentionCoreParams& params, cudaStream_t stream) {
