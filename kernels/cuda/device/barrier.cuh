@@ -44,6 +44,17 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+// Whether the phase of `parity` has completed, without waiting.
+__device__ __forceinline__ bool BarrierTest(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 
 // L2 policies for TMA loads: weights that are read once, activations that every CTA reads.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;

@@ -29,12 +29,15 @@ __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// `shared_bytes` of dynamic shared memory, which the kernel must have been allowed to use.
 template <typename Params>
 absl::Status LaunchDependent(absl::string_view name, void (*kernel)(Params), dim3 grid,
-                             unsigned threads, cudaStream_t stream, const Params& params) {
+                             unsigned threads, cudaStream_t stream, const Params& params,
+                             size_t shared_bytes = 0) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

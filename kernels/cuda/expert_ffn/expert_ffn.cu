@@ -15,7 +15,7 @@ namespace moebius::kernels::cuda {
 namespace {
 
 // Persistent, one CTA a multiprocessor: warpgroups 0 and 1 multiply; the warps of the third load.
-__global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const FfnArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__ FfnArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   FfnShared& shared = *reinterpret_cast<FfnShared*>(shared_memory);
   if (SharedAddress(shared_memory) % 1024 != 0) __trap();  // what swizzling and FfnShared rely on
@@ -110,17 +110,8 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   constexpr int kBytes = static_cast<int>(sizeof(FfnShared));
   RETURN_IF_ERROR(ToStatus(
       cudaFuncSetAttribute(ExpertFfn, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kOp));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(MultiprocessorCount()));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, ExpertFfn, args), kOp);
+  return LaunchDependent(kOp, ExpertFfn, dim3(static_cast<unsigned>(MultiprocessorCount())),
+                         kThreads, stream, args, kBytes);
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ __device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shar
 // Until all columns of the tile's requantised rows are in device memory.
 __device__ __forceinline__ void WaitForRows(const FfnArgs& args, const ExpertTile& tile) {
   const int32_t* const counter = args.counters + kCounterTiles + tile.row_tile;
-  const int columns = Blocks(args.intermediate);
+  const int columns = Blocks(args.intermediate) * kTileWarpgroups;
   for (;;) {
     int finished;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(finished) : "l"(counter) : "memory");
@@ -121,12 +121,6 @@ __device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared,
       cursor.Advance();
     }
   }
-}
-
-// Where the scale of a row lies among a stage's: a thread that holds columns 8 j + 2 q and the next
-// of the product (device/wgmma.cuh) finds those of j and j + 1 side by side.
-__device__ __forceinline__ int ScalePlace(int row) {
-  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
 }
 
 // One warp: the products of the scales of the tile's rows and of its two weight matrices.
