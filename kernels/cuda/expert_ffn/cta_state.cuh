@@ -4,6 +4,8 @@
 // they walk through tiles and stages. The weight loader announces tiles; every role then does the
 // same sequence of K blocks, a stage each.
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "kernels/cuda/device/barrier.cuh"
@@ -15,6 +17,7 @@
 namespace moebius::kernels::cuda {
 
 struct FfnArgs {
+  CUtensorMap inner_rows;  // of inner_codes, boxes of kBoxRows rows and kTileK codes
   const ExpertEntry* experts;
   int num_experts;
   const int32_t* row_offsets;
@@ -32,6 +35,7 @@ struct FfnArgs {
 };
 
 inline constexpr int kWeightBytes = 2 * kTileColumns * kTileK;
+inline constexpr int kBoxRows = 16;
 inline constexpr int kRowBytes = kTileRows * kTileK;
 inline constexpr int kStageBytes = kWeightBytes + kRowBytes;
 inline constexpr int kStageScales =

@@ -7,6 +7,7 @@
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/expert_ffn/cta_state.cuh"
 #include "kernels/cuda/expert_ffn/tile_loaders.cuh"
 #include "kernels/cuda/expert_ffn/tile_product.cuh"
@@ -92,6 +93,13 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   RETURN_IF_ERROR(Validate(p, with_down));
   if (p.num_experts == 0) return absl::OkStatus();
   FfnArgs args;
+  MatrixMap map;
+  map.base = p.workspace->codes();
+  map.rows = static_cast<uint64_t>(p.workspace->rows_max());
+  map.cols = map.row_stride_bytes = static_cast<uint64_t>(p.workspace->intermediate());
+  map.box_rows = kBoxRows;
+  map.box_cols = kTileK;
+  ASSIGN_OR_RETURN(args.inner_rows, EncodeMatrixMap(map));
   args.experts = p.table->entries() + p.first_expert;
   args.num_experts = static_cast<int>(p.num_experts);
   args.row_offsets = p.row_offsets;

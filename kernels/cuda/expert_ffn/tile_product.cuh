@@ -41,11 +41,11 @@ __device__ __forceinline__ void AddScaled(float (&sum)[kWidth / 2], const float 
 }
 
 // Both products of a tile for this warpgroup's 64 columns of either matrix. `weights` and `rows`:
-// descriptors in the first stage.
+// descriptors in the first stage. `copied`: rows came by ordinary asynchronous copies.
 template <int kWidth>
 __device__ __forceinline__ void MultiplyTile(FfnShared& shared, StageCursor& cursor,
                                              uint32_t weights, uint32_t rows, int blocks,
-                                             float (&first)[kWidth / 2],
+                                             bool copied, float (&first)[kWidth / 2],
                                              float (&second)[kWidth / 2]) {
 #pragma unroll
   for (int i = 0; i < kWidth / 2; ++i) first[i] = second[i] = 0.0f;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void MultiplyTile(FfnShared& shared, StageCursor& cur
     constexpr uint32_t kSecond = kWeightBytes / 2 / 16;
     const float* const scales = shared.scales[s];
     BarrierWait(&shared.full[s], cursor.parity);
-    ProxyFence();  // rows came by ordinary asynchronous copies
+    if (copied) ProxyFence();
     float part[kWidth / 2];
     WgmmaFence();
     IssueBlock<kWidth>(part, weights + stage, rows + stage);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
   MultiplyTile<kWidth>(shared, cursor,
                        static_cast<uint32_t>(KMajorDescriptor(stage + group * 64 * kTileK)),
                        static_cast<uint32_t>(KMajorDescriptor(stage + kWeightBytes)),
-                       Blocks(down ? args.intermediate : args.hidden), first, second);
+                       Blocks(down ? args.intermediate : args.hidden), !down, first, second);
   if (down) {
     const auto store = [&](int first_column) {
       return [&, first_column](int row, int lane_of_row, const RowVector& v) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// Tiles of more than kNarrowRows rows, rows as operand A: warpgroup g multiplies rows 64 g .. 64 g +
-// 63 by both matrices, 128 columns each. A thread then has the scales of two rows instead of one
+// Tiles of more than kNarrowRows rows, rows as operand A: warpgroup g multiplies rows 64 g .. 64 g
+// + 63 by both matrices, 128 columns each. A thread then has the scales of two rows instead of one
 // for each column, and a warp all columns of its 16 rows, so that nothing but the warp takes part
 // in their output. The bits are those of tile_product.cuh (docs/adr/0011).
 
@@ -30,9 +30,10 @@ __device__ __forceinline__ void AddScaledRows(float (&sum)[kWideSums],
 }
 
 // Both products of a tile for the 64 rows of warpgroup `group`. While one warpgroup adds, the other
-// multiplies; what the next block needs is made ready while the second product runs.
+// multiplies; what the next block needs is made ready while the second product runs. `copied`: rows
+// came by ordinary asynchronous copies.
 __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor& cursor, int group,
-                                                 int blocks, float (&first)[kWideSums],
+                                                 int blocks, bool copied, float (&first)[kWideSums],
                                                  float (&second)[kWideSums]) {
   const uint32_t stages = SharedAddress(shared.stages[0]);
   const auto weights = static_cast<uint32_t>(KMajorDescriptor(stages));
@@ -59,7 +60,7 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
   const auto take_stage = [&](int s) {
     upper = shared.scales[s][place];
     lower = shared.scales[s][place + 2];
-    ProxyFence();  // rows came by ordinary asynchronous copies
+    if (copied) ProxyFence();
   };
 
   BarrierWait(&shared.full[cursor.stage], cursor.parity);
@@ -178,8 +179,8 @@ __device__ __forceinline__ void RequantiseWarpRows(const FfnArgs& args, const Ex
 #pragma unroll
   for (int i = 0; i < kWarpRows; i += 4) {
     const int of_warp = i + lane / 8, row = first_row + of_warp;
-    const uint4 c = *reinterpret_cast<const uint4*>(turn + of_warp * kTileColumns +
-                                                    (chunk ^ of_warp % 8) * 16);
+    const uint4 c =
+        *reinterpret_cast<const uint4*>(turn + of_warp * kTileColumns + (chunk ^ of_warp % 8) * 16);
     const uint4 codes = {__byte_perm(c.x, c.y, 0x5410), __byte_perm(c.z, c.w, 0x5410),
                          __byte_perm(c.x, c.y, 0x7632), __byte_perm(c.z, c.w, 0x7632)};
     if (row >= tile.rows || column >= args.intermediate) continue;
@@ -195,8 +196,8 @@ __device__ __forceinline__ void ComputeWideTile(const FfnArgs& args, FfnShared& 
   float first[kWideSums], second[kWideSums];
   // The same in all lanes, and said so: the descriptors then live in uniform registers.
   const int group = __shfl_sync(0xffffffffu, ThreadRead() / 128, 0);
-  MultiplyWideTile(shared, cursor, group, Blocks(down ? args.intermediate : args.hidden), first,
-                   second);
+  MultiplyWideTile(shared, cursor, group, Blocks(down ? args.intermediate : args.hidden), !down,
+                   first, second);
   uint8_t* const turn = shared.turn + ThreadRead() / 32 * kWarpTurnBytes;
   if (down) {
     StoreWarpRows(args, tile, tile.column, first, turn);
