@@ -291,7 +291,7 @@ TEST_F(ExpertFfnTest, ChunksOfABatchAgree) {
   const ExpertWorkspace workspace = WorkspaceFor(experts, 630);
   const uint64_t whole = HashOf(RunFfn(experts, sources, {630}, {}, 630, workspace));
   const CompetingKernel competing;
-  for (const int64_t chunk : {16, 63, 512}) {
+  for (const int64_t chunk : {16, 63, 96, 97, 512}) {
     std::vector<Bf16> joined;
     for (int64_t begin = 0; begin < 630; begin += chunk) {
       const int64_t rows = std::min<int64_t>(chunk, 630 - begin);
