@@ -4,6 +4,8 @@
 // they walk through tiles and stages. The weight loader announces tiles; every role then does the
 // same sequence of K blocks, a stage each.
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "kernels/cuda/device/barrier.cuh"
@@ -15,6 +17,7 @@
 namespace moebius::kernels::cuda {
 
 struct FfnArgs {
+  CUtensorMap inner_rows;  // of inner_codes, boxes of kBoxRows rows and kTileK codes
   const ExpertEntry* experts;
   int num_experts;
   const int32_t* row_offsets;
@@ -32,6 +35,7 @@ struct FfnArgs {
 };
 
 inline constexpr int kWeightBytes = 2 * kTileColumns * kTileK;
+inline constexpr int kBoxRows = 16;
 inline constexpr int kRowBytes = kTileRows * kTileK;
 inline constexpr int kStageBytes = kWeightBytes + kRowBytes;
 inline constexpr int kStageScales =
@@ -71,6 +75,15 @@ __device__ __forceinline__ uint64_t ElementOffset(int row, int width, int column
          static_cast<uint32_t>(column);
 }
 
+// Low halves of KMajorDescriptor differ; 32 bytes of K further is 2 more.
+inline constexpr uint64_t kDescriptorHigh = 0x40000040ull << 32;
+
+// Where the scale of a row lies among a stage's: a thread that holds columns 8 j + 2 q and the next
+// of the product (device/wgmma.cuh) finds those of j and j + 1 side by side.
+__device__ __forceinline__ int ScalePlace(int row) {
+  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
+}
+
 // Position in the ring of stages. Every role walks the same sequence of K blocks.
 struct StageCursor {
   int stage = 0;
@@ -86,13 +99,20 @@ struct StageCursor {
 class TileReader {
  public:
   __device__ __forceinline__ ExpertTile Next(FfnShared& shared) {
+    const ExpertTile tile = Peek(shared);
+    Done(shared);
+    return tile;
+  }
+  // The next tile where it was announced, there until this warp is Done with it.
+  __device__ __forceinline__ const ExpertTile& Peek(FfnShared& shared) const {
     const int entry = static_cast<int>(count_ % kTileEntries);
     BarrierWait(&shared.announced[entry], (count_ / kTileEntries) % 2);
-    const ExpertTile tile = shared.tiles[entry];
+    return shared.tiles[entry];
+  }
+  __device__ __forceinline__ void Done(FfnShared& shared) {
     __syncwarp();
-    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.taken[entry]);
+    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.taken[count_ % kTileEntries]);
     ++count_;
-    return tile;
   }
 
  private:

@@ -7,6 +7,7 @@
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
+#include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/expert_ffn/cta_state.cuh"
 #include "kernels/cuda/expert_ffn/tile_loaders.cuh"
 #include "kernels/cuda/expert_ffn/tile_product.cuh"
@@ -15,7 +16,7 @@ namespace moebius::kernels::cuda {
 namespace {
 
 // Persistent, one CTA a multiprocessor: warpgroups 0 and 1 multiply; the warps of the third load.
-__global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const FfnArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__ FfnArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   FfnShared& shared = *reinterpret_cast<FfnShared*>(shared_memory);
   if (SharedAddress(shared_memory) % 1024 != 0) __trap();  // what swizzling and FfnShared rely on
@@ -92,6 +93,13 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   RETURN_IF_ERROR(Validate(p, with_down));
   if (p.num_experts == 0) return absl::OkStatus();
   FfnArgs args;
+  MatrixMap map;
+  map.base = p.workspace->codes();
+  map.rows = static_cast<uint64_t>(p.workspace->rows_max());
+  map.cols = map.row_stride_bytes = static_cast<uint64_t>(p.workspace->intermediate());
+  map.box_rows = kBoxRows;
+  map.box_cols = kTileK;
+  ASSIGN_OR_RETURN(args.inner_rows, EncodeMatrixMap(map));
   args.experts = p.table->entries() + p.first_expert;
   args.num_experts = static_cast<int>(p.num_experts);
   args.row_offsets = p.row_offsets;
@@ -110,17 +118,8 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   constexpr int kBytes = static_cast<int>(sizeof(FfnShared));
   RETURN_IF_ERROR(ToStatus(
       cudaFuncSetAttribute(ExpertFfn, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kOp));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(MultiprocessorCount()));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return ToStatus(cudaLaunchKernelEx(&config, ExpertFfn, args), kOp);
+  return LaunchDependent(kOp, ExpertFfn, dim3(static_cast<unsigned>(MultiprocessorCount())),
+                         kThreads, stream, args, kBytes);
 }
 
 }  // namespace

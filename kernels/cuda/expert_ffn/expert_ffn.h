@@ -8,9 +8,9 @@
 // An output element is a function of its own row, in an order that depends on (hidden,
 // intermediate) alone. K ascending in 128-blocks, not split: from zero, part = 4 wgmma of k32, acc
 // = fma(scale_x * scale_w, part, acc) in float32. gate and up stay float32 until their product is
-// rounded to BF16; that is quantised 1x128 as kernels/moe.h says (QuantizeRowsParams). Weights are
-// operand A and rows operand B for any number of rows; how many rows share a tile follows the
-// counts and does not reach the bits (docs/adr/0011, 0013).
+// rounded to BF16; that is quantised 1x128 as kernels/moe.h says (QuantizeRowsParams). Rows are
+// operand B of a tile of few and operand A of a tile of many; which, and how many share a tile,
+// follows the counts and does not reach the bits (docs/adr/0011, 0013).
 
 #include <cuda_runtime.h>
 

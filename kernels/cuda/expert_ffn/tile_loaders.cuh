@@ -1,6 +1,7 @@
 #pragma once
 
-// The loading roles of a CTA: weights by the copy engine, rows and scales by asynchronous copies.
+// The loading roles of a CTA: weights and requantised rows by the copy engine, rows that must be
+// gathered and scales by asynchronous copies.
 
 #include <cstdint>
 
@@ -67,7 +68,7 @@ __device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shar
 // Until all columns of the tile's requantised rows are in device memory.
 __device__ __forceinline__ void WaitForRows(const FfnArgs& args, const ExpertTile& tile) {
   const int32_t* const counter = args.counters + kCounterTiles + tile.row_tile;
-  const int columns = Blocks(args.intermediate);
+  const int columns = Blocks(args.intermediate) * kTileWarpgroups;
   for (;;) {
     int finished;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(finished) : "l"(counter) : "memory");
@@ -81,8 +82,41 @@ __device__ __forceinline__ int SourceRow(const FfnArgs& args, bool down, int row
   return down || args.row_index == nullptr ? row : args.row_index[row];
 }
 
-// Warp `part` of kRowWarps: gathers the codes of the tile's rows. Rows of a stage beyond the tile's
-// keep what was there: their columns of the product are not stored, and no other sees them.
+// Rows of a stage beyond the tile's are those of the next expert, or what was there: their products
+// are not stored, and no other sees them.
+
+// Warp `part` of kRowWarps: every kRowWarps'th box of a down tile's rows. Arrives for all lanes.
+__device__ __forceinline__ void LoadInnerRows(const FfnArgs& args, FfnShared& shared,
+                                              StageCursor& cursor, const ExpertTile& tile,
+                                              int part) {
+  constexpr int kBoxes = kTileRows / kBoxRows / kRowWarps;  // at most
+  WaitForRows(args, tile);
+  GlobalProxyFence();
+  const int boxes = ((tile.rows + kBoxRows - 1) / kBoxRows - part + kRowWarps - 1) / kRowWarps;
+  // The same in all lanes, and said so: boxes are then issued from uniform registers.
+  const int row = __shfl_sync(0xffffffffu, tile.row + part * kBoxRows, 0);
+  const int blocks = Blocks(args.intermediate);
+#pragma unroll 1
+  for (int block = 0; block < blocks; ++block) {
+    const int s = cursor.stage;
+    BarrierWait(&shared.empty[s], cursor.parity ^ 1);
+    if (ElectLane()) {
+      BarrierArriveExpect(&shared.full[s], boxes * (kBoxRows * kTileK));
+      uint8_t* const to = shared.stages[s] + kWeightBytes + part * (kBoxRows * kTileK);
+#pragma unroll
+      for (int i = 0; i < kBoxes; ++i) {
+        if (i >= boxes) break;
+        TmaLoad2d(to + i * (kRowWarps * kBoxRows * kTileK), &args.inner_rows, &shared.full[s],
+                  block * kTileK, row + i * (kRowWarps * kBoxRows), kEvictNormal);
+      }
+      BarrierArriveMany(&shared.full[s], 31);
+    }
+    __syncwarp();
+    cursor.Advance();
+  }
+}
+
+// Warp `part` of kRowWarps: gathers the codes of a gate_up tile's rows.
 __device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared, int part) {
   constexpr int kAtOnce = kRowWarps * 32 / 8;  // rows; 8 threads copy one
   StageCursor cursor;
@@ -93,20 +127,21 @@ __device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared,
     const int thread = part * 32 + ThreadRead() % 32;
     const int chunk = thread % 8, row_of_thread = thread / 8;
     const uint32_t place = kWeightBytes + row_of_thread * kTileK + (chunk ^ row_of_thread % 8) * 16;
-    const bool down = tile.kind == TileKind::kDown;
-    if (down) WaitForRows(args, tile);
-    const int width = down ? args.intermediate : args.hidden;
-    const uint8_t* codes = (down ? args.inner_codes : args.x_codes) + chunk * 16;
+    if (tile.kind == TileKind::kDown) {
+      LoadInnerRows(args, shared, cursor, tile, part);
+      continue;
+    }
+    const uint8_t* codes = args.x_codes + chunk * 16;
     const int copies = (tile.rows - row_of_thread + kAtOnce - 1) / kAtOnce;
     uint32_t offset[kTileRows / kAtOnce];  // in 16 bytes
 #pragma unroll
     for (int i = 0; i < kTileRows / kAtOnce; ++i) {
       const int row = tile.row + min(row_of_thread + i * kAtOnce, tile.rows - 1);
-      offset[i] =
-          static_cast<uint32_t>(SourceRow(args, down, row)) * static_cast<uint32_t>(width / 16);
+      offset[i] = static_cast<uint32_t>(SourceRow(args, false, row)) *
+                  static_cast<uint32_t>(args.hidden / 16);
     }
 #pragma unroll 1
-    for (int left = width - chunk * 16; left > -chunk * 16; left -= kTileK) {
+    for (int left = args.hidden - chunk * 16; left > -chunk * 16; left -= kTileK) {
       const int s = cursor.stage;
       BarrierWait(&shared.empty[s], cursor.parity ^ 1);
       const uint32_t to = SharedAddress(shared.stages[s]) + place;
@@ -121,12 +156,6 @@ __device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared,
       cursor.Advance();
     }
   }
-}
-
-// Where the scale of a row lies among a stage's: a thread that holds columns 8 j + 2 q and the next
-// of the product (device/wgmma.cuh) finds those of j and j + 1 side by side.
-__device__ __forceinline__ int ScalePlace(int row) {
-  return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2;
 }
 
 // One warp: the products of the scales of the tile's rows and of its two weight matrices.

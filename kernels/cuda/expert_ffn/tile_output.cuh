@@ -7,7 +7,6 @@
 
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/bf16.cuh"
-#include "kernels/cuda/device/exp.cuh"
 #include "kernels/cuda/device/quantizer.cuh"
 #include "kernels/cuda/device/row_vector.cuh"
 #include "kernels/cuda/expert_ffn/tile_list.cuh"
@@ -18,11 +17,8 @@ namespace moebius::kernels::cuda {
 inline constexpr int kConsumers = 256;  // two warpgroups, 64 of the 128 columns each
 inline constexpr int kTurnRows = 64;    // rows turned at once
 inline constexpr int kTurnBytes = kTurnRows * kTileColumns * 2;
-inline constexpr int kConsumerBarrier = 1;
-
-__device__ __forceinline__ float SwiGlu(float gate, float up) {
-  return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, ExactExp(-gate))), up);
-}
+// Of all consumers; of warpgroup 0 and 1; for the order of their products (bar.sync).
+inline constexpr int kConsumerBarrier = 1, kGroupBarrier = 2, kOrderBarrier = 4;
 
 // Rows [kFirst, kFirst + kCount) of ForRowsOfTile.
 template <int kFirst, int kCount, typename Use>

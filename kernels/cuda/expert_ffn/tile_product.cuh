@@ -1,6 +1,7 @@
 #pragma once
 
-// The multiplying role of a CTA: two warpgroups, 64 of a tile's 128 columns each, of both matrices.
+// The multiplying role of a CTA. Tiles of few rows here: weights are operand A, and two warpgroups
+// have 64 of the tile's 128 columns each, of both matrices. Tiles of more rows: wide_tile.cuh.
 
 #include <cstdint>
 
@@ -8,11 +9,10 @@
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/expert_ffn/cta_state.cuh"
 #include "kernels/cuda/expert_ffn/tile_output.cuh"
+#include "kernels/cuda/expert_ffn/tile_swiglu.cuh"
+#include "kernels/cuda/expert_ffn/wide_tile.cuh"
 
 namespace moebius::kernels::cuda {
-
-// Low halves of KMajorDescriptor; 32 bytes of K further is 2 more.
-inline constexpr uint64_t kDescriptorHigh = 0x40000040ull << 32;
 
 template <int kWidth>
 __device__ __forceinline__ void IssueBlock(float (&part)[kWidth / 2], uint32_t weights,
@@ -41,11 +41,11 @@ __device__ __forceinline__ void AddScaled(float (&sum)[kWidth / 2], const float 
 }
 
 // Both products of a tile for this warpgroup's 64 columns of either matrix. `weights` and `rows`:
-// descriptors in the first stage.
+// descriptors in the first stage. `copied`: rows came by ordinary asynchronous copies.
 template <int kWidth>
 __device__ __forceinline__ void MultiplyTile(FfnShared& shared, StageCursor& cursor,
                                              uint32_t weights, uint32_t rows, int blocks,
-                                             float (&first)[kWidth / 2],
+                                             bool copied, float (&first)[kWidth / 2],
                                              float (&second)[kWidth / 2]) {
 #pragma unroll
   for (int i = 0; i < kWidth / 2; ++i) first[i] = second[i] = 0.0f;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void MultiplyTile(FfnShared& shared, StageCursor& cur
     constexpr uint32_t kSecond = kWeightBytes / 2 / 16;
     const float* const scales = shared.scales[s];
     BarrierWait(&shared.full[s], cursor.parity);
-    ProxyFence();  // rows came by ordinary asynchronous copies
+    if (copied) ProxyFence();
     float part[kWidth / 2];
     WgmmaFence();
     IssueBlock<kWidth>(part, weights + stage, rows + stage);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
   MultiplyTile<kWidth>(shared, cursor,
                        static_cast<uint32_t>(KMajorDescriptor(stage + group * 64 * kTileK)),
                        static_cast<uint32_t>(KMajorDescriptor(stage + kWeightBytes)),
-                       Blocks(down ? args.intermediate : args.hidden), first, second);
+                       Blocks(down ? args.intermediate : args.hidden), !down, first, second);
   if (down) {
     const auto store = [&](int first_column) {
       return [&, first_column](int row, int lane_of_row, const RowVector& v) {
@@ -109,12 +109,10 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
     ForRowsOfTile<kWidth>(second, shared.turn, store(tile.column + kTileColumns));
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kWidth / 2; ++i) first[i] = SwiGlu(first[i], second[i]);
+  SwiGluInPlace(first, second);
   ForRowsOfTile<kWidth>(first, shared.turn, [&](int row, int lane_of_row, const RowVector& v) {
     const BlockScale scale = ScaleOfBlock(LargestOfBlock(v), args.power_of_two_scales);
     if (row >= tile.rows) return;
-    const int64_t packed = tile.row + row;
     const int column = tile.column + lane_of_row * kVectorElements;
     if (column >= args.intermediate) return;
     StoreCodes<true>(CodesOfVector(v, scale),
@@ -127,7 +125,7 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
   });
   if (ThreadRead() == 0) {
     __threadfence();  // everybody's stores, which the barrier ordered before this
-    atomicAdd(args.counters + kCounterTiles + tile.row_tile, 1);
+    atomicAdd(args.counters + kCounterTiles + tile.row_tile, kTileWarpgroups);
   }
 }
 
@@ -135,7 +133,7 @@ __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) 
   StageCursor cursor;
   TileReader reader;
   for (;;) {
-    const ExpertTile tile = reader.Next(shared);
+    const ExpertTile& tile = reader.Peek(shared);
     if (tile.kind == TileKind::kStop) return;
     if (tile.rows <= 8) {
       ComputeTile<8>(args, shared, cursor, tile);
@@ -147,11 +145,12 @@ __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) 
       ComputeTile<48>(args, shared, cursor, tile);
     } else if (tile.rows <= 64) {
       ComputeTile<64>(args, shared, cursor, tile);
-    } else if (tile.rows <= 96) {
-      ComputeTile<96>(args, shared, cursor, tile);
+    } else if (tile.rows <= kNarrowRows) {
+      ComputeTile<kNarrowRows>(args, shared, cursor, tile);
     } else {
-      ComputeTile<128>(args, shared, cursor, tile);
+      ComputeWideTile(args, shared, cursor, tile);
     }
+    reader.Done(shared);
   }
 }
 

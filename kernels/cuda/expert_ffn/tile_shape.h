@@ -8,11 +8,15 @@ namespace moebius::kernels::cuda {
 inline constexpr int kTileColumns = 128;  // one quantisation block of the SwiGLU output
 inline constexpr int kTileRows = 128;
 inline constexpr int kTileK = 128;  // one scale on either side
+// Up to so many rows of a tile are operand B, more are operand A (docs/adr/0013).
+inline constexpr int kNarrowRows = 96;
 inline constexpr int kMostExperts = 512;
 
 // Places in ExpertWorkspace::counters(), 128 bytes apart because many CTAs count at once.
 inline constexpr int kCounterTicket = 0;  // tiles handed out
 inline constexpr int kCounterDone = 32;   // CTAs that need nothing any more
-inline constexpr int kCounterTiles = 64;  // from here: finished column tiles of each tile of rows
+inline constexpr int kCounterTiles = 64;  // from here: warpgroups that have finished a column tile,
+                                          // for each tile of rows; kTileWarpgroups a tile
+inline constexpr int kTileWarpgroups = 2;
 
 }  // namespace moebius::kernels::cuda

@@ -13,6 +13,7 @@
 
 #include "kernels/reference/experts.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/silu_of_all.h"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -173,6 +174,8 @@ TEST_F(ExpertFfnTest, AgreesWithTheReferenceForAnyCountsAndShapes) {
            Case{400, 272, {9, 33, 0, 64}, false},
            Case{1040, 144, {65, 2, 130}, true},
            Case{16, 16, {1, 0, 5}, false},
+           Case{48, 32, {97, 128, 96, 1}, false},
+           Case{2304, 320, {0, 257}, true},
            Case{1168, 528, {0, 0, 300, 0}, false},
            Case{7168, 2048, {1, 2}, false},
            Case{7168, 2048, {0, 3}, true},
@@ -204,6 +207,12 @@ TEST_F(ExpertFfnTest, AgreesWithTheReferenceForAnyCountsAndShapes) {
     for (int64_t i = rows * c.hidden; i < (rows + 7) * c.hidden; ++i)
       ASSERT_EQ(out[static_cast<size_t>(i)].bits, 0xcdcd) << "a row of nobody was written";
   }
+}
+
+TEST_F(ExpertFfnTest, SiluHasTheSameBitsOnItsShortAndItsLongWay) {
+  const SiluDifferences silu = CompareSiluOfAllGates();
+  EXPECT_EQ(silu.compared, uint64_t{1} << 32);
+  EXPECT_EQ(silu.different, 0) << "for example of " << silu.example;
 }
 
 TEST_F(ExpertFfnTest, RowsReadThemselvesWithoutAnIndex) {
@@ -259,7 +268,7 @@ TEST_F(ExpertFfnTest, ARowHasTheSameBitsAtEveryPlaceAmongAnyNeighbours) {
     const std::vector<Bf16> alone = RunFfn(experts, sources, {0, 1, 0}, {0}, 1, workspace);
     for (const Bf16 value : alone) ASSERT_TRUE(std::isfinite(ToFloat(value)));
     const CompetingKernel competing;
-    for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 512, 4096}) {
+    for (const int64_t m : {1, 2, 7, 8, 9, 63, 64, 65, 96, 97, 127, 128, 129, 512, 4096}) {
       for (int64_t placement = 0; placement < 6; ++placement) {
         // Other experts' rows before and after, so that tiles begin anywhere.
         const std::vector<int64_t> counts = {placement * 5, m, 3};
@@ -282,7 +291,7 @@ TEST_F(ExpertFfnTest, ChunksOfABatchAgree) {
   const ExpertWorkspace workspace = WorkspaceFor(experts, 630);
   const uint64_t whole = HashOf(RunFfn(experts, sources, {630}, {}, 630, workspace));
   const CompetingKernel competing;
-  for (const int64_t chunk : {16, 63, 512}) {
+  for (const int64_t chunk : {16, 63, 96, 97, 512}) {
     std::vector<Bf16> joined;
     for (int64_t begin = 0; begin < 630; begin += chunk) {
       const int64_t rows = std::min<int64_t>(chunk, 630 - begin);

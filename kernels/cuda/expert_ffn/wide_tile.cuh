@@ -1,0 +1,216 @@
+#pragma once
+
+// Tiles of more than kNarrowRows rows, rows as operand A: warpgroup g multiplies rows 64 g .. 64 g
+// + 63 by both matrices, 128 columns each. A thread then has the scales of two rows instead of one
+// for each column, and a warp all columns of its 16 rows, so that nothing but the warp takes part
+// in their output. The bits are those of tile_product.cuh (docs/adr/0011).
+
+#include <cstdint>
+
+#include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/quantizer.cuh"
+#include "kernels/cuda/device/row_vector.cuh"
+#include "kernels/cuda/device/wgmma.cuh"
+#include "kernels/cuda/expert_ffn/cta_state.cuh"
+#include "kernels/cuda/expert_ffn/tile_swiglu.cuh"
+
+namespace moebius::kernels::cuda {
+
+inline constexpr int kWarpRows = 16;
+inline constexpr int kWideSums = kTileColumns / 2;  // of a thread and matrix
+inline constexpr int kWarpTurnBytes = kTurnBytes / (kConsumers / 32);
+
+// sum = fma(scale, part, sum), the thread's two rows `upper` and 8 below.
+__device__ __forceinline__ void AddScaledRows(float (&sum)[kWideSums],
+                                              const float (&part)[kWideSums], float upper,
+                                              float lower) {
+#pragma unroll
+  for (int i = 0; i < kWideSums; ++i)
+    sum[i] = __fmaf_rn(i / 2 % 2 == 0 ? upper : lower, part[i], sum[i]);
+}
+
+// Both products of a tile for the 64 rows of warpgroup `group`. While one warpgroup adds, the other
+// multiplies; what the next block needs is made ready while the second product runs. `copied`: rows
+// came by ordinary asynchronous copies.
+__device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor& cursor, int group,
+                                                 int blocks, bool copied, float (&first)[kWideSums],
+                                                 float (&second)[kWideSums]) {
+  const uint32_t stages = SharedAddress(shared.stages[0]);
+  const auto weights = static_cast<uint32_t>(KMajorDescriptor(stages));
+  const auto rows =
+      static_cast<uint32_t>(KMajorDescriptor(stages + kWeightBytes + group * 64 * kTileK));
+  const int thread = ThreadRead() % 128;
+  const int place = ScalePlace(group * 64 + thread / 32 * kWarpRows + thread % 32 / 4);
+#pragma unroll
+  for (int i = 0; i < kWideSums; ++i) first[i] = second[i] = 0.0f;
+
+  float part[kWideSums];
+  const auto multiply = [&](int s, uint32_t matrix) {
+    const uint32_t stage = static_cast<uint32_t>(s) * (kStageBytes / 16);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < kTileK / 32; ++step) {
+      WgmmaInstruction<E4m3Operands, kTileColumns>::Shared(
+          part, kDescriptorHigh | (rows + stage + 2 * step),
+          kDescriptorHigh | (weights + matrix + stage + 2 * step), step != 0);
+    }
+    WgmmaCommit();
+  };
+  float upper, lower;  // the thread's scales in the block's first product
+  const auto take_stage = [&](int s) {
+    upper = shared.scales[s][place];
+    lower = shared.scales[s][place + 2];
+    if (copied) ProxyFence();
+  };
+
+  BarrierWait(&shared.full[cursor.stage], cursor.parity);
+  take_stage(cursor.stage);
+  // Warpgroup 0 begins: if its first product met the other's second, both would add at the same
+  // time, in every block. Tiles of few blocks do without, or one could arrive twice.
+  const bool in_turn = blocks > 2 * kStages;
+  if (in_turn && group == 1) NamedBarrier(kOrderBarrier, kConsumers);
+#pragma unroll 1
+  for (int block = 0; block < blocks; ++block) {
+    const int s = cursor.stage;
+    multiply(s, 0);
+    if (in_turn && group == 0 && block == 0) NamedBarrierArrive(kOrderBarrier, kConsumers);
+    WgmmaWait<0>();
+    KeepRegisters(part);
+    AddScaledRows(first, part, upper, lower);
+    multiply(s, kWeightBytes / 2 / 16);
+    const float second_upper = shared.scales[s][kTileRows + place];
+    const float second_lower = shared.scales[s][kTileRows + place + 2];
+    cursor.Advance();
+    const bool more = block + 1 < blocks;
+    const bool ready = more && BarrierTest(&shared.full[cursor.stage], cursor.parity);
+    if (ready) take_stage(cursor.stage);
+    WgmmaWait<0>();
+    KeepRegisters(part);
+    __syncwarp();
+    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.empty[s]);
+    if (more && !ready) {
+      BarrierWait(&shared.full[cursor.stage], cursor.parity);
+      take_stage(cursor.stage);
+    }
+    AddScaledRows(second, part, second_upper, second_lower);
+  }
+}
+
+// The eight sums of a row of a thread, `lower` or upper, that begin at `i`: columns 8 (i / 4) + 2
+// (lane % 4) and the next, and so on every 8 columns; rounded.
+__device__ __forceinline__ RowVector RoundedSums(const float (&sums)[kWideSums], int i, int lower) {
+  return RoundedVector([&](int k) { return sums[i + k / 2 * 4 + 2 * lower + k % 2]; });
+}
+
+__device__ __forceinline__ void StoreMatrices4(uint32_t to, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// Stores the warp's rows of 128 columns of down, the first `column`. `turn` is kWarpTurnBytes of
+// the warp's own.
+__device__ __forceinline__ void StoreWarpRows(const FfnArgs& args, const ExpertTile& tile,
+                                              int column, const float (&sums)[kWideSums],
+                                              uint8_t* turn) {
+  constexpr int kStride = kTileColumns * 2;
+  const int thread = ThreadRead() % kConsumers, lane = thread % 32;
+  const int lane_of_row = lane % kBlockLanes;
+  column += lane_of_row * kVectorElements;
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    const uint32_t to = SharedAddress(turn) + lane % 8 * kStride;
+#pragma unroll
+    for (int i = 0; i < kWideSums; i += 16) {
+      const RowVector v = RoundedSums(sums, i, lower);
+      StoreMatrices4(to + ((i / 4 + lane / 8) ^ lane % 8) * 16, v.pair[0], v.pair[1], v.pair[2],
+                     v.pair[3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i += 32 / kBlockLanes) {
+      const int of_eight = i + lane / kBlockLanes;
+      const int row = thread / 32 * kWarpRows + 8 * lower + of_eight;
+      if (row >= tile.rows || column >= args.hidden) continue;
+      *reinterpret_cast<uint4*>(args.out + ElementOffset(tile.row + row, args.hidden, column)) =
+          *reinterpret_cast<const uint4*>(turn + of_eight * kStride +
+                                          (lane_of_row ^ of_eight) * 16);
+    }
+    __syncwarp();
+  }
+}
+
+// Quantises the warp's rows and stores codes and scales.
+__device__ __forceinline__ void RequantiseWarpRows(const FfnArgs& args, const ExpertTile& tile,
+                                                   const float (&sums)[kWideSums], uint8_t* turn) {
+  const int thread = ThreadRead() % kConsumers, lane = thread % 32;
+  const int first_row = thread / 32 * kWarpRows;
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    RowVector v[4];
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] = RoundedSums(sums, 16 * i, lower);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) largest = __vmaxu2(largest, v[i].pair[p] & 0x7fff7fffu);
+    }
+#pragma unroll
+    for (int offset = 1; offset <= 2; offset *= 2)
+      largest = __vmaxu2(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    const BlockScale scale =
+        ScaleOfBlock(max(largest & 0xffffu, largest >> 16), args.power_of_two_scales);
+    // Stored as 16-bit elements, two codes each: 16 bytes then hold columns 0 1 8 9 2 3 10 11 4 ..
+    const uint32_t to = SharedAddress(turn) + (8 * lower + lane % 8) * kTileColumns;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint2 a = CodesOfVector(v[i], scale), b = CodesOfVector(v[i + 1], scale);
+      StoreMatrices4(to + ((2 * i + lane / 8) ^ lane % 8) * 16, a.x, a.y, b.x, b.y);
+    }
+    const int row = first_row + 8 * lower + lane / 4;
+    if (lane % 4 == 0 && row < tile.rows) {
+      args.inner_scales[ElementOffset(tile.row + row, Blocks(args.intermediate),
+                                      tile.column / kTileColumns)] = scale.scale;
+    }
+  }
+  __syncwarp();
+  const int chunk = lane % 8, column = tile.column + chunk * 16;
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i += 4) {
+    const int of_warp = i + lane / 8, row = first_row + of_warp;
+    const uint4 c =
+        *reinterpret_cast<const uint4*>(turn + of_warp * kTileColumns + (chunk ^ of_warp % 8) * 16);
+    const uint4 codes = {__byte_perm(c.x, c.y, 0x5410), __byte_perm(c.z, c.w, 0x5410),
+                         __byte_perm(c.x, c.y, 0x7632), __byte_perm(c.z, c.w, 0x7632)};
+    if (row >= tile.rows || column >= args.intermediate) continue;
+    *reinterpret_cast<uint4*>(args.inner_codes +
+                              ElementOffset(tile.row + row, args.intermediate, column)) = codes;
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void ComputeWideTile(const FfnArgs& args, FfnShared& shared,
+                                                StageCursor& cursor, const ExpertTile& tile) {
+  const bool down = tile.kind == TileKind::kDown;
+  float first[kWideSums], second[kWideSums];
+  // The same in all lanes, and said so: the descriptors then live in uniform registers.
+  const int group = __shfl_sync(0xffffffffu, ThreadRead() / 128, 0);
+  MultiplyWideTile(shared, cursor, group, Blocks(down ? args.intermediate : args.hidden), !down,
+                   first, second);
+  uint8_t* const turn = shared.turn + ThreadRead() / 32 * kWarpTurnBytes;
+  if (down) {
+    StoreWarpRows(args, tile, tile.column, first, turn);
+    StoreWarpRows(args, tile, tile.column + kTileColumns, second, turn);
+    return;
+  }
+  SwiGluInPlace(first, second);
+  RequantiseWarpRows(args, tile, first, turn);
+  NamedBarrier(kGroupBarrier + group, 128);
+  if (ThreadRead() % 128 == 0) {
+    __threadfence();  // the warpgroup's stores, which the barrier ordered before this
+    atomicAdd(args.counters + kCounterTiles + tile.row_tile, 1);
+  }
+}
+
+}  // namespace moebius::kernels::cuda
