@@ -84,8 +84,8 @@ absl::Status LaunchStream(const Bf16LinearParams& p, int segments, cudaStream_t 
   // evicted first, they make the writes of its many outputs dearer (docs/kernels-cuda.md).
   const bool once = shape.m_tiles == 1 && (segments > 1 || p.heads > 1);
   shape.weights_policy = once ? kEvictFirst : kEvictNormal;
-  // The copy engine leaves out what lies beyond the whole output, not what lies beyond a head: there
-  // a ragged last tile would write into the next head's columns.
+  // The copy engine leaves out what lies beyond the whole output, not what lies beyond a head:
+  // there a ragged last tile would write into the next head's columns.
   const bool whole_heads = p.heads == 1 || p.n % T::kRows == 0;
   shape.out = OutputOf(p, T::kBulk && segments == 1 && whole_heads);
   ASSIGN_OR_RETURN(const CUtensorMap weights, WeightsMap(p, T::kTransposed ? kBlock : T::kRows));

@@ -149,7 +149,8 @@ __device__ __forceinline__ void ClusterBarrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
-// The address, in the cluster's shared memory, of what lies at `address` in the shared memory of CTA `rank`.
+// The address, in the cluster's shared memory, of what lies at `address` in the shared memory of
+// CTA `rank`.
 __device__ __forceinline__ uint32_t ClusterAddress(uint32_t address, uint32_t rank) {
   uint32_t mapped;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));

@@ -32,4 +32,9 @@ __device__ __forceinline__ float ExactExp(float x) {
   return __fmul_rn(y, __int_as_float((rest + 127) << 23));
 }
 
+// gate * sigmoid(gate).
+__device__ __forceinline__ float Silu(float gate) {
+  return __fdiv_rn(gate, __fadd_rn(1.0f, ExactExp(-gate)));
+}
+
 }  // namespace moebius::kernels::cuda

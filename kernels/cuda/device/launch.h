@@ -31,8 +31,8 @@ inline absl::Status AllowSharedMemory(absl::string_view name, const void* kernel
   RETURN_IF_ERROR(ToStatus(cudaFuncGetAttributes(&attributes, kernel), name));
   const int most = kMostOfACta - static_cast<int>(attributes.sharedSizeBytes);
   if (attributes.maxDynamicSharedSizeBytes == most) return absl::OkStatus();
-  return ToStatus(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  return ToStatus(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+                  name);
 }
 
 // Enqueues `kernel`. INTERNAL, with `name`, if the driver refuses.

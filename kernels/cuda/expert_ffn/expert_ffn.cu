@@ -116,8 +116,6 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   args.power_of_two_scales = p.power_of_two_scales;
   args.with_down = with_down;
   constexpr int kBytes = static_cast<int>(sizeof(FfnShared));
-  RETURN_IF_ERROR(ToStatus(
-      cudaFuncSetAttribute(ExpertFfn, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), kOp));
   return LaunchDependent(kOp, ExpertFfn, dim3(static_cast<unsigned>(MultiprocessorCount())),
                          kThreads, stream, args, kBytes);
 }

@@ -9,6 +9,7 @@
 #include "kernels/cuda/device/bf16.cuh"
 #include "kernels/cuda/device/quantizer.cuh"
 #include "kernels/cuda/device/row_vector.cuh"
+#include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/expert_ffn/tile_list.cuh"
 #include "kernels/cuda/expert_ffn/tile_shape.h"
 
@@ -34,10 +35,8 @@ __device__ __forceinline__ void TurnRows(const float* values, uint8_t* turn, con
 #pragma unroll
   for (int j = 0; j < kCount / 8; ++j) {
     const float* const v = values + 4 * (kFirst / 8 + j);
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared::cta.b16 [%0], {%1, %2};" ::"r"(
-                     store_to + j * 8 * kStride),
-                 "r"(RoundToBf16Pair(v[0], v[1])), "r"(RoundToBf16Pair(v[2], v[3]))
-                 : "memory");
+    StoreMatrices2Transposed(store_to + j * 8 * kStride, RoundToBf16Pair(v[0], v[1]),
+                             RoundToBf16Pair(v[2], v[3]));
   }
   NamedBarrier(kConsumerBarrier, kConsumers);
   const int lane_of_row = thread % kBlockLanes;

@@ -132,9 +132,14 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
 __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) {
   StageCursor cursor;
   TileReader reader;
+  bool after_wide = false;
   for (;;) {
     const ExpertTile& tile = reader.Peek(shared);
     if (tile.kind == TileKind::kStop) return;
+    const bool wide = tile.rows > kNarrowRows;
+    // The output of a wide tile ends warp by warp, that of a narrow one begins with memory of all.
+    if (after_wide && !wide) NamedBarrier(kConsumerBarrier, kConsumers);
+    after_wide = wide;
     if (tile.rows <= 8) {
       ComputeTile<8>(args, shared, cursor, tile);
     } else if (tile.rows <= 16) {
@@ -145,7 +150,7 @@ __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) 
       ComputeTile<48>(args, shared, cursor, tile);
     } else if (tile.rows <= 64) {
       ComputeTile<64>(args, shared, cursor, tile);
-    } else if (tile.rows <= kNarrowRows) {
+    } else if (!wide) {
       ComputeTile<kNarrowRows>(args, shared, cursor, tile);
     } else {
       ComputeWideTile(args, shared, cursor, tile);

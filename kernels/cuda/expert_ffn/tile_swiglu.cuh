@@ -9,10 +9,6 @@
 
 namespace moebius::kernels::cuda {
 
-__device__ __forceinline__ float Silu(float gate) {
-  return __fdiv_rn(gate, __fadd_rn(1.0f, ExactExp(-gate)));
-}
-
 // 0 .. kUsual where SiluOfUsual has the bits of Silu because no step of it overflows, underflows or
 // is clamped: 2^-60 <= |gate| < 64. Zero, whose sign the corrections would lose, is not usual.
 inline constexpr uint32_t kSmallest = 2 * 0x21800000u, kUsual = 2 * 0x42800000u - kSmallest - 1;

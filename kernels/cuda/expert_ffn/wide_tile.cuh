@@ -10,6 +10,7 @@
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/quantizer.cuh"
 #include "kernels/cuda/device/row_vector.cuh"
+#include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/expert_ffn/cta_state.cuh"
 #include "kernels/cuda/expert_ffn/tile_swiglu.cuh"
@@ -82,7 +83,7 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
     const float second_lower = shared.scales[s][kTileRows + place + 2];
     cursor.Advance();
     const bool more = block + 1 < blocks;
-    const bool ready = more && BarrierTest(&shared.full[cursor.stage], cursor.parity);
+    const bool ready = more && BarrierHasPassed(&shared.full[cursor.stage], cursor.parity);
     if (ready) take_stage(cursor.stage);
     WgmmaWait<0>();
     KeepRegisters(part);
@@ -100,13 +101,6 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
 // (lane % 4) and the next, and so on every 8 columns; rounded.
 __device__ __forceinline__ RowVector RoundedSums(const float (&sums)[kWideSums], int i, int lower) {
   return RoundedVector([&](int k) { return sums[i + k / 2 * 4 + 2 * lower + k % 2]; });
-}
-
-__device__ __forceinline__ void StoreMatrices4(uint32_t to, uint32_t a, uint32_t b, uint32_t c,
-                                               uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
 }
 
 // Stores the warp's rows of 128 columns of down, the first `column`. `turn` is kWarpTurnBytes of

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/device/exp.cuh"
+#include "kernels/cuda/device/ordered_bits.cuh"
 #include "kernels/cuda/gate_select/gate_select.h"
 
 namespace moebius::kernels::cuda {
@@ -26,16 +27,6 @@ struct Gate {
   uint32_t* ids;
   float* weights;
 };
-
-// Unsigned integers in the order of the floats. NaN is placed with -infinity; 0 is below all.
-__device__ __forceinline__ uint32_t OrderedBits(float value) {
-  if (value != value) value = kMinusInfinity;
-  const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 becomes +0
-  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float FromOrderedBits(uint32_t bits) {
-  return __uint_as_float((bits & 0x80000000u) ? bits ^ 0x80000000u : ~bits);
-}
 
 // 1 / (1 + exp(-logit)), rounded as division is.
 template <int kPerLane>

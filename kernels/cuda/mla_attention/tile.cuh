@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/mla_attention/partial.cuh"
 #include "kernels/cuda/mla_attention/schedule.cuh"
@@ -192,10 +193,7 @@ __device__ __forceinline__ void StoreProbabilities(uint8_t* to, const uint32_t (
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     const int chunk = 2 * step + thread % 32 / 16;  // of 8 positions
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     at + ((chunk ^ (row & 7)) * 16)),
-                 "r"(p[step][0]), "r"(p[step][1]), "r"(p[step][2]), "r"(p[step][3])
-                 : "memory");
+    StoreMatrices4(at + ((chunk ^ (row & 7)) * 16), p[step][0], p[step][1], p[step][2], p[step][3]);
   }
 }
 

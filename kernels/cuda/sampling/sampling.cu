@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/prng.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
 #include "kernels/cuda/sampling/draw.cuh"
@@ -117,7 +118,7 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   RowState row;
   row.rank = RankOfCta<kRanks>();
   // Nobody writes to a CTA that has not begun.
-  if (kRanks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if (kRanks > 1) ClusterArriveRelaxed();
   ClearHistogram(memory);
   memory.tops[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
@@ -150,7 +151,7 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   // So few best candidates are bounded by threads' largest logits.
   const bool samples = kDraw && !greedy && (top_k == 0 || top_k > kThreads / 2);
   LoadRow(memory, row, samples, bins, quads, largest);
-  if (kRanks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (kRanks > 1) ClusterWait();
   uint64_t extremes[2] = {OrderedBits(largest.of_thread), largest.has_nan};
   Exchange<Fold::kMax, Fold::kMax>(memory.exchange, row.rank, row.turn, extremes);
   row.maximum = FromOrderedBits(static_cast<uint32_t>(extremes[0]));
@@ -250,9 +251,6 @@ absl::Status Launch(const char* op, Rows rows, int64_t m, cudaStream_t stream) {
   rows.aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.stride % 4 == 0;
   const bool clusters = m <= kMostInClusters;
   const auto kernel = clusters ? SampleRowsInClusters<kDraw> : SampleRowsAlone<kDraw>;
-  RETURN_IF_ERROR(ToStatus(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDynamicBytes),
-      op));
   const auto grid = static_cast<unsigned>(clusters ? m * kClusterRanks : m);
   return LaunchDependent(op, kernel, dim3(grid), kThreads, stream, rows, kDynamicBytes);
 }

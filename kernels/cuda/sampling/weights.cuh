@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/ids.h"
+#include "kernels/cuda/device/ordered_bits.cuh"
 
 namespace moebius::kernels::cuda {
 
@@ -54,16 +55,6 @@ __device__ __forceinline__ uint64_t MassOf(float exponent) {
   MassSum sum;
   sum.Add(PartsOf(exponent));
   return static_cast<uint64_t>(sum.Total(1));
-}
-
-// Unsigned integers in the order of the floats; NaN is placed with -infinity, -0 with +0.
-__device__ __forceinline__ uint32_t OrderedBits(float value) {
-  if (value != value) value = -__builtin_inff();
-  const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
-  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float FromOrderedBits(uint32_t bits) {
-  return __uint_as_float((bits & 0x80000000u) ? bits ^ 0x80000000u : ~bits);
 }
 
 // Ascending keys are candidates in descending logit, then ascending id.

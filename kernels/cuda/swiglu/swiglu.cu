@@ -32,11 +32,7 @@ __global__ void __launch_bounds__(kThreads) SwiGlu(const Args args) {
   const RowVector gate = LoadVector<kAligned>(args.gate + row * args.in_stride, at, args.dim);
   const RowVector up = LoadVector<kAligned>(args.up + row * args.in_stride, at, args.dim);
   // Past the row's end gate and up are 0, and so is the product.
-  const RowVector out = RoundedVector([&](int i) {
-    const float z = gate.At(i);
-    const float silu = __fdiv_rn(z, __fadd_rn(1.0f, ExactExp(-z)));
-    return __fmul_rn(silu, up.At(i));
-  });
+  const RowVector out = RoundedVector([&](int i) { return __fmul_rn(Silu(gate.At(i)), up.At(i)); });
   LetNextKernelStart();
   if (args.out != nullptr) StoreVector<kAligned>(out, args.out + row * args.dim, at, args.dim);
   if (args.codes != nullptr) {

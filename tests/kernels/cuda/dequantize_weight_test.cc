@@ -138,6 +138,7 @@ TEST_F(DequantizeWeightTest, LaunchesOfKvBBesideACompetingKernelAgreeWithTheHost
   const uint64_t expected = HashOf(OnHost(w));
   const CompetingKernel competing;
   for (int repeat = 0; repeat < 3; ++repeat) EXPECT_EQ(HashOf(OnDevice(w)), expected);
+  EXPECT_TRUE(competing.Runs());
 }
 
 TEST_F(DequantizeWeightTest, ArgumentsThatItCannotTakeAreRefusedByName) {

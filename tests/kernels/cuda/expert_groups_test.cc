@@ -137,6 +137,7 @@ TEST_F(ExpertGroupsTest, LaunchesBesideACompetingKernelAgree) {
       ASSERT_EQ(runner.Read(), expected) << "launch " << launch;
     }
   }
+  EXPECT_TRUE(competing.Runs());
 }
 
 TEST_F(ExpertGroupsTest, ArgumentsThatItCannotTakeAreRefusedByName) {

@@ -114,6 +114,9 @@ std::vector<Bf16> Attend(const Cache& cache, const std::vector<MlaRow>& rows, in
   const absl::Status status = LaunchMlaAttentionWithSegments(params, segment_tokens, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
   ExpectCudaOk(cudaStreamSynchronize(nullptr), "MlaAttention");
+  if (competing) {
+    EXPECT_TRUE(competing->Runs());
+  }
   competing.reset();
   return out.Download();
 }
@@ -297,6 +300,7 @@ TEST_F(MlaAttentionTest, ChunksOfACallGiveTheBitsOfTheWhole) {
       const CompetingKernel competing;
       EXPECT_EQ(whole.Different(chunk, shift), 0)
           << "calls of " << chunk << " rows, " << shift << " places on";
+      EXPECT_TRUE(competing.Runs());
       compared += Whole::kRows * Whole::kRowValues;
     }
   }
@@ -393,8 +397,11 @@ TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
     std::fflush(stdout);
   };
   launch(1000);
-  const CompetingKernel competing;
-  for (int i = 0; i < 10; ++i) launch(1000);
+  for (int i = 0; i < 10; ++i) {  // it lives for ten seconds, about as long as all launches
+    const CompetingKernel competing;
+    launch(1000);
+    EXPECT_TRUE(competing.Runs());
+  }
 }
 
 TEST_F(MlaAttentionTest, ArgumentsThatItCannotTakeAreRefusedByName) {

@@ -67,6 +67,7 @@ std::string FindRowRuleBreach(const RowRun& run, int64_t largest, int64_t* rows)
       *rows += m;
     }
   }
+  if (!competing.Runs()) return "the competing kernel ended before the calls";
   return "";
 }
 

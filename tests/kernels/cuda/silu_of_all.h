@@ -12,7 +12,8 @@ struct SiluDifferences {
 
 // SwiGluInPlace (kernels/cuda/expert_ffn/tile_swiglu.cuh) with an up of 1, for every float32 gate
 // in groups of eight, against the division and the exponential taken one by one. A NaN is a NaN.
-// In every eighth group one of the eight is replaced by NaN, so that all take the long way.
+// Every eighth group is compared once more with one of the eight replaced by NaN, so that the other
+// seven take the long way.
 SiluDifferences CompareSiluOfAllGates();
 
 }  // namespace moebius::kernels::cuda

@@ -40,9 +40,10 @@ TEST_F(TileChoiceTest, Fp8LinearRowsHaveTheBitsOfRowsAlone) {
   };
   const std::vector<int64_t> few = {1, 8, 9, 16, 17, 32, 33, 64, 65, 128};
   for (const Case& c :
-       {// few rows: weight tiles of 64, 128 and 192, K whole and in 8 and 3 segments
+       {// few rows: weight tiles of 64, 128 and 192, K whole and in 6 and 3 segments
         Case{200, 144, 200, few}, Case{8600, 144, 8601, few}, Case{17001, 144, 17001, few},
         Case{200, 2064, 200, few}, Case{1100, 2064, 1100, {1, 9, 65}},
+        Case{4232, 8192, 4232, {1, 20, 64}}, Case{5640, 8192, 5640, {1, 20, 64}},
         // many: 128 x 128, 128 x 192 and 256 x 128 tiles, without and with clusters of two
         Case{4096, 144, 4096, {300}}, Case{2000, 144, 2000, {1000}}, Case{6200, 144, 6200, {500}},
         Case{3064, 144, 3064, {1020}}, Case{5600, 144, 5600, {700}}, Case{2040, 144, 2048, {2040}},
@@ -50,7 +51,10 @@ TEST_F(TileChoiceTest, Fp8LinearRowsHaveTheBitsOfRowsAlone) {
         Case{1600, 1936, 1600, {700, 1000}}, Case{2496, 1936, 2496, {800, 1000}}}) {
     Prng random(static_cast<uint64_t>(c.n + c.k));
     const int64_t most = c.m.back();
-    const DeviceBuffer<E4m3> weight(RandomE4m3(random, static_cast<size_t>(c.n * c.k)));
+    std::vector<E4m3> values = RandomE4m3(random, 1'000'003);  // repeated: drawing takes long
+    values.resize(static_cast<size_t>(c.n * c.k));
+    for (size_t i = 1'000'003; i < values.size(); ++i) values[i] = values[i - 1'000'003];
+    const DeviceBuffer<E4m3> weight(values);
     const DeviceBuffer<float> weight_scales(
         RandomFloats(random, static_cast<size_t>(Blocks(c.n) * Blocks(c.k)), 1e-2f));
     const DeviceBuffer<E4m3> x(RandomE4m3(random, static_cast<size_t>(most * c.k)));
@@ -87,7 +91,12 @@ TEST_F(TileChoiceTest, Bf16LinearRowsHaveTheBitsOfRowsAlone) {
   };
   for (const Case c :
        {Case{200, 72, 1, false}, Case{24860, 72, 1, false}, Case{300, 1032, 1, false},
-        Case{120, 128, 2, false}, Case{72, 128, 2, true}, Case{520, 64, 3, true}}) {
+        Case{120, 128, 2, false}, Case{72, 128, 2, true}, Case{520, 64, 3, true},
+        // stored in bulk: heads that end with a tile, and within one
+        Case{128, 512, 2, false}, Case{512, 128, 2, true}, Case{64, 128, 3, false},
+        Case{192, 128, 3, true},
+        // segments that are streamed
+        Case{7168, 1024, 1, false}}) {
     Prng random(static_cast<uint64_t>(c.n + c.k));
     const int64_t most = 130, x_stride = c.heads * c.k, out_stride = c.heads * c.n;
     const int64_t weight_stride = c.transposed ? c.n : c.k;
