@@ -31,8 +31,8 @@ struct Fp8LinearParams {
   Bf16* out = nullptr;                   // [m, n], row stride out_stride elements
   int64_t out_stride = 0;
   // No kernel in front of this one on the stream writes `weight` or `weight_scales`, as none does
-  // where weights stay on the device: they are fetched while that kernel still runs. All else
-  // waits for it.
+  // where weights stay on the device: they may be fetched while that kernel still runs (tiles of
+  // up to 32 tokens do; the others only bring them to L2 early). All else waits for it.
   bool weights_resident = false;
 };
 

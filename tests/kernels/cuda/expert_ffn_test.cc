@@ -14,6 +14,7 @@
 #include "kernels/reference/experts.h"
 #include "tests/kernels/cuda/gpu_test.h"
 #include "tests/kernels/cuda/silu_of_all.h"
+#include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -337,6 +338,39 @@ TEST_F(ExpertFfnTest, LaunchesBesideACompetingKernelAgree) {
     out.Poison();
   }
   EXPECT_TRUE(competing.Runs());
+}
+
+TEST_F(ExpertFfnTest, WhatTheKernelInFrontWritesIsWaitedFor) {
+  const Experts experts(4, 1024, 384, 15);
+  const int64_t rows = 151;
+  const Sources sources(rows, 1024, 16);
+  const DeviceBuffer<E4m3> x(sources.codes);
+  const DeviceBuffer<float> x_scales(sources.scales);
+  const DeviceBuffer<int32_t> offsets(Offsets({16, 1, 4, 130})), index(RandomIndex(rows, rows, 17));
+  DeviceBuffer<Bf16> out(static_cast<size_t>(rows * experts.hidden));
+  const ExpertWorkspace workspace = WorkspaceFor(experts, rows);
+  GroupedFfnParams params;
+  params.table = experts.table.get();
+  params.num_experts = 4;
+  params.row_offsets = offsets.get();
+  params.rows_max = rows;
+  params.x_codes = x.get();
+  params.x_scales = x_scales.get();
+  params.row_index = index.get();
+  params.out = out.get();
+  params.workspace = &workspace;
+  ASSERT_STATUS_OK(LaunchExpertFfn(params, nullptr));
+  const uint64_t expected = HashOf(out.Download());
+  const auto run_behind = [&](void* input, size_t bytes, const char* what) {
+    out.Poison();
+    const LateInput late(input, bytes);
+    ASSERT_STATUS_OK(LaunchExpertFfn(params, nullptr));
+    EXPECT_EQ(HashOf(out.Download()), expected) << what;
+  };
+  run_behind(x.get(), x.count(), "codes");
+  run_behind(x_scales.get(), x_scales.count() * sizeof(float), "scales");
+  run_behind(offsets.get(), offsets.count() * sizeof(int32_t), "row offsets");
+  run_behind(index.get(), index.count() * sizeof(int32_t), "row index");
 }
 
 TEST_F(ExpertFfnTest, WhatItCannotTakeIsRefusedByName) {

@@ -19,6 +19,7 @@
 #include "kernels/reference/gate.h"
 #include "tests/kernels/cuda/batch_dependent_choice.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -459,6 +460,30 @@ TEST_F(GateSelectTest, LaunchesBesideACompetingKernelAgree) {
     weights.Poison();
   }
   EXPECT_TRUE(competing.Runs());
+}
+
+TEST_F(GateSelectTest, LogitsOfTheKernelInFrontAreWaitedFor) {
+  Prng random(9);
+  for (const int64_t m : {3, 130, 1200}) {
+    const DeviceBuffer<float> logits(RandomFloats(random, static_cast<size_t>(m * 256), 2.0f));
+    const DeviceBuffer<float> bias(RandomFloats(random, 256, 0.1f));
+    DeviceBuffer<ExpertId> experts(static_cast<size_t>(m * 8));
+    DeviceBuffer<float> weights(static_cast<size_t>(m * 8));
+    GateSelectParams params;
+    params.m = m;
+    params.config = DeepSeekV3();
+    params.logits = logits.get();
+    params.bias = bias.get();
+    params.experts = experts.get();
+    params.weights = weights.get();
+    ASSERT_STATUS_OK(LaunchGateSelect(params, nullptr));
+    const uint64_t expected = HashOf(weights.Download()) ^ HashOf(experts.Download());
+    experts.Poison();
+    weights.Poison();
+    const LateInput late(logits.get(), logits.count() * sizeof(float));
+    ASSERT_STATUS_OK(LaunchGateSelect(params, nullptr));
+    EXPECT_EQ(HashOf(weights.Download()) ^ HashOf(experts.Download()), expected) << "m = " << m;
+  }
 }
 
 TEST_F(GateSelectTest, ConfigurationsThatItCannotTakeAreRefusedByName) {

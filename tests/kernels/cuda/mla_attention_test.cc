@@ -15,6 +15,7 @@
 
 #include "kernels/reference/attention.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -402,6 +403,40 @@ TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
     launch(1000);
     EXPECT_TRUE(competing.Runs());
   }
+}
+
+TEST_F(MlaAttentionTest, WhatTheKernelInFrontWritesIsWaitedFor) {
+  const int64_t heads = 128;
+  Cache cache({3000, 70, 1500}, 9, 12);
+  cache.Upload();
+  const DeviceBuffer<MlaRow> rows(std::vector<MlaRow>{{2999, 0}, {69, 1}, {1499, 2}});
+  const DeviceBuffer<Bf16> q(RandomQueries(3, heads, 13));
+  DeviceBuffer<Bf16> out(static_cast<size_t>(3 * heads * kRank));
+  MlaAttentionCoreParams params;
+  params.m = 3;
+  params.num_heads = heads;
+  params.q = q.get();
+  params.softmax_scale = kScale;
+  params.rows = rows.get();
+  cache.Fill(params);
+  params.max_context = 3000;
+  params.out = out.get();
+  params.workspace_bytes = MlaAttentionWorkspaceBytes(params.m, heads, params.max_context);
+  params.workspace = Workspace(params.workspace_bytes).get();
+  ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
+  const uint64_t expected = HashOf(out.Download());
+  const auto run_behind = [&](const void* input, size_t bytes, const char* what) {
+    out.Poison();
+    const LateInput late(const_cast<void*>(input), bytes);
+    ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
+    EXPECT_EQ(HashOf(out.Download()), expected) << what;
+  };
+  run_behind(q.get(), q.count() * sizeof(Bf16), "queries");
+  run_behind(rows.get(), rows.count() * sizeof(MlaRow), "rows");
+  run_behind(params.cache, static_cast<size_t>(params.num_blocks * 64 * kDim) * sizeof(Bf16),
+             "cache");
+  run_behind(params.block_tables, static_cast<size_t>(3 * params.max_blocks) * sizeof(int32_t),
+             "block tables");
 }
 
 TEST_F(MlaAttentionTest, ArgumentsThatItCannotTakeAreRefusedByName) {

@@ -15,6 +15,7 @@
 #include "kernels/reference/sampling.h"
 #include "tests/kernels/cuda/batch_dependent_choice.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
 namespace {
@@ -563,6 +564,28 @@ TEST_F(SamplingTest, LaunchesBesideACompetingKernelAgree) {
       runner.Poison();
     }
     EXPECT_TRUE(competing.Runs()) << "no launch ran beside it";
+  }
+}
+
+TEST_F(SamplingTest, LogitsOfTheKernelInFrontAreWaitedFor) {
+  const std::vector<SamplingParams> mixture = Mixture();
+  for (const size_t rows : {size_t{3}, size_t{39}}) {  // in clusters, and not
+    Prng random(10);
+    Batch batch;
+    batch.vocab = batch.stride = 20000;
+    for (size_t i = 0; i < rows; ++i)
+      batch.Add(RandomRow(random, batch.vocab, Shape::kNormal), mixture[i % mixture.size()], 5);
+    Runner runner(batch);
+    const SampleParams params = runner.Prepare(batch);
+    ASSERT_STATUS_OK(LaunchSample(params, nullptr));
+    const Drawn expected = runner.Read(batch);
+    runner.Poison();
+    const LateInput late(const_cast<float*>(params.logits),
+                         rows * static_cast<size_t>(batch.stride) * sizeof(float));
+    ASSERT_STATUS_OK(LaunchSample(params, nullptr));
+    const Drawn found = runner.Read(batch);
+    EXPECT_EQ(HashOf(found.tokens), HashOf(expected.tokens)) << rows << " rows";
+    EXPECT_EQ(HashOf(found.logprobs), HashOf(expected.logprobs)) << rows << " rows";
   }
 }
 

@@ -20,4 +20,11 @@ void LaunchSlowCopy(void* to, const void* from, size_t bytes, cudaStream_t strea
                                    bytes);
 }
 
+LateInput::LateInput(void* input, size_t bytes) : contents_(bytes) {
+  ExpectCudaOk(cudaMemcpy(contents_.get(), input, bytes, cudaMemcpyDeviceToDevice), "input");
+  ExpectCudaOk(cudaMemset(input, 0, bytes), "input");
+  ExpectCudaOk(cudaDeviceSynchronize(), "input");
+  LaunchSlowCopy(input, contents_.get(), bytes, nullptr);
+}
+
 }  // namespace moebius::kernels::cuda

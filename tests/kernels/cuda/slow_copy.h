@@ -6,10 +6,23 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
+
+#include "tests/kernels/cuda/gpu_test.h"
 
 namespace moebius::kernels::cuda {
 
 // Copies `bytes` after about 100 microseconds, one block.
 void LaunchSlowCopy(void* to, const void* from, size_t bytes, cudaStream_t stream);
+
+// Zeros in an input whose contents a kernel in front of what is launched next, on the default
+// stream, brings back late. Lives until that has ended.
+class LateInput {
+ public:
+  LateInput(void* input, size_t bytes);
+
+ private:
+  DeviceBuffer<uint8_t> contents_;
+};
 
 }  // namespace moebius::kernels::cuda
