@@ -19,6 +19,7 @@
 #include "kernels/reference/gate.h"
 #include "tests/kernels/cuda/batch_dependent_choice.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/launch_comparison.h"
 #include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
@@ -435,31 +436,28 @@ TEST_F(GateSelectTest, ABatchDependentSumWouldBeFound) {
 }
 
 TEST_F(GateSelectTest, LaunchesBesideACompetingKernelAgree) {
-  const GateConfig config = DeepSeekV3();
-  Prng random(8);
-  const DeviceBuffer<float> logits(RandomFloats(random, 130 * 256, 2.0f));
-  const DeviceBuffer<float> bias(RandomFloats(random, 256, 0.1f));
-  DeviceBuffer<ExpertId> experts(130 * 8);
-  DeviceBuffer<float> weights(130 * 8);
-  GateSelectParams params;
-  params.m = 130;
-  params.config = config;
-  params.logits = logits.get();
-  params.bias = bias.get();
-  params.experts = experts.get();
-  params.weights = weights.get();
-  const CompetingKernel competing;
-  uint64_t first = 0;
-  for (int launch = 0; launch < 10'000; ++launch) {
-    ASSERT_STATUS_OK(LaunchGateSelect(params, nullptr));
-    if (launch % 100 != 0) continue;
-    const uint64_t hash = HashOf(weights.Download()) ^ HashOf(experts.Download());
-    if (launch == 0) first = hash;
-    ASSERT_EQ(hash, first) << "launch " << launch;
-    experts.Poison();
-    weights.Poison();
+  // A warp a group, and a warp a token.
+  for (const int64_t m : {130, 600}) {
+    SCOPED_TRACE(m);
+    Prng random(8);
+    const DeviceBuffer<float> logits(RandomFloats(random, static_cast<size_t>(m) * 256, 2.0f));
+    const DeviceBuffer<float> bias(RandomFloats(random, 256, 0.1f));
+    const auto chosen = static_cast<size_t>(m) * 8;
+    const DeviceBuffer<ExpertId> experts(chosen), other_experts(chosen);
+    const DeviceBuffer<float> weights(chosen), other_weights(chosen);
+    GateSelectParams params;
+    params.m = m;
+    params.config = DeepSeekV3();
+    params.logits = logits.get();
+    params.bias = bias.get();
+    ExpectEqualLaunches({{{{experts.get(), 4 * chosen}, {weights.get(), 4 * chosen}},
+                          {{other_experts.get(), 4 * chosen}, {other_weights.get(), 4 * chosen}}}},
+                        [&](int set, cudaStream_t stream) {
+                          params.experts = set == 0 ? experts.get() : other_experts.get();
+                          params.weights = set == 0 ? weights.get() : other_weights.get();
+                          return LaunchGateSelect(params, stream);
+                        });
   }
-  EXPECT_TRUE(competing.Runs());
 }
 
 TEST_F(GateSelectTest, LogitsOfTheKernelInFrontAreWaitedFor) {

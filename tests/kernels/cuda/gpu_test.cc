@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 
 namespace moebius::kernels::cuda {
@@ -24,6 +25,12 @@ bool HopperPresent() {
   int major = 0;
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
          major == 9;
+}
+
+// Whether the environment asks for buffers of this kind.
+bool BuffersAre(const char* kind) {
+  const char* const value = std::getenv("MOEBIUS_TEST_BUFFERS");
+  return value != nullptr && std::strcmp(value, kind) == 0;
 }
 
 // From the device's pool, which keeps what is freed: cudaFree waits for every running kernel, the
@@ -64,15 +71,26 @@ void ExpectCudaOk(cudaError_t error, const char* what) {
 }
 
 GuardedBytes::GuardedBytes(size_t bytes) : size_(bytes), padded_((bytes + 255) / 256 * 256) {
+  if (BuffersAre("exact") || BuffersAre("bare")) {
+    ExpectCudaOk(cudaMalloc(&data_, std::max<size_t>(size_, 1)), "allocation");
+    Poison();
+    return;
+  }
   ExpectCudaOk(Allocate(&allocation_, padded_ + 2 * kGuard), "allocation");
   ExpectCudaOk(cudaMemset(allocation_, kGuardByte, padded_ + 2 * kGuard), "guards");
   data_ = allocation_ + kGuard;
   Poison();
 }
 
-void GuardedBytes::Poison() { ExpectCudaOk(cudaMemset(data_, kPoisonByte, size_), "poison"); }
+void GuardedBytes::Poison() {
+  if (!BuffersAre("bare")) ExpectCudaOk(cudaMemset(data_, kPoisonByte, size_), "poison");
+}
 
 GuardedBytes::~GuardedBytes() {
+  if (allocation_ == nullptr) {
+    ExpectCudaOk(cudaFree(data_), "free");
+    return;
+  }
   std::vector<uint8_t> all(padded_ + 2 * kGuard);
   ExpectCudaOk(cudaMemcpy(all.data(), allocation_, all.size(), cudaMemcpyDeviceToHost), "guards");
   size_t broken = 0, first = 0;
@@ -117,6 +135,19 @@ double RelativeDifference(const std::vector<float>& x, const std::vector<float>&
     squares += static_cast<double>(x[i]) * x[i] + static_cast<double>(y[i]) * y[i];
   }
   return squares == 0 ? 0 : 1 - 2 * cross / squares;
+}
+
+double WorstElement(const std::vector<float>& x, const std::vector<float>& y) {
+  EXPECT_EQ(x.size(), y.size());
+  double squares = 0, worst = 0;
+  for (const float v : y) squares += static_cast<double>(v) * v;
+  const double usual = std::sqrt(squares / static_cast<double>(std::max<size_t>(y.size(), 1)));
+  for (size_t i = 0; i < x.size() && i < y.size(); ++i) {
+    const double difference = std::abs(static_cast<double>(x[i]) - y[i]);
+    const double ratio = difference == 0 ? 0 : difference / (std::abs(y[i]) + usual);
+    if (!(ratio <= worst)) worst = ratio;  // NaN stays
+  }
+  return worst;
 }
 
 cudaError_t LaunchCompetingKernel(int blocks, const volatile int* stop, volatile uint32_t* rounds,

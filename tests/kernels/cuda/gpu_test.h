@@ -26,8 +26,11 @@ class GpuTest : public ::testing::Test {
 
 void ExpectCudaOk(cudaError_t error, const char* what);
 
-// Device memory of `count` elements between two guard zones. Fresh contents are poison (0xcd bytes:
-// a huge negative number in every float type). Guards are checked at destruction.
+// Device memory of `bytes` bytes between two guard zones. Fresh contents are poison (0xcd bytes: a
+// huge negative number in every float type). Guards are checked at destruction. Under
+// compute-sanitizer, which knows where an allocation ends, the environment variable
+// MOEBIUS_TEST_BUFFERS asks for allocations without guards (`exact`), so that reads beyond are
+// seen, and without poison (`bare`), so that reads of what nobody has written are.
 class GuardedBytes {
  public:
   explicit GuardedBytes(size_t bytes);
@@ -39,7 +42,7 @@ class GuardedBytes {
   void Poison();
 
  private:
-  uint8_t* allocation_ = nullptr;
+  uint8_t* allocation_ = nullptr;  // nullptr: data_ is all of it
   void* data_ = nullptr;
   size_t size_ = 0;
   size_t padded_ = 0;
@@ -85,6 +88,9 @@ uint64_t HashOf(const std::vector<T>& values) {
 
 // 1 - 2 sum(x y) / sum(x^2 + y^2) in double: 0 for equal vectors. NaN anywhere gives NaN.
 double RelativeDifference(const std::vector<float>& x, const std::vector<float>& y);
+// The largest |x - y| / (|y| + the root mean square of y): sees a single wrong element, which the
+// measure above hides among many. NaN anywhere gives NaN.
+double WorstElement(const std::vector<float>& x, const std::vector<float>& y);
 
 // Keeps half of the multiprocessors partly busy on a stream of its own while it lives, so that a
 // test sees other schedules than an idle GPU's. All its blocks run once it is constructed.

@@ -4,7 +4,6 @@
 #include "kernels/cuda/mla_attention/mla_attention.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -15,6 +14,7 @@
 
 #include "kernels/reference/attention.h"
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/kernels/cuda/launch_comparison.h"
 #include "tests/kernels/cuda/slow_copy.h"
 
 namespace moebius::kernels::cuda {
@@ -90,29 +90,41 @@ const DeviceBuffer<uint8_t>& Workspace(int64_t bytes) {
   return *workspace;
 }
 
+// The parameters of a call but its output, and the device memory that they name.
+struct Call {
+  Call(const Cache& cache, const std::vector<MlaRow>& call_rows, int64_t heads,
+       const std::vector<Bf16>& queries, int64_t segment_tokens = 0)
+      : q(queries),
+        rows(call_rows),
+        out_size(call_rows.size() * static_cast<size_t>(heads * kRank)) {
+    params.m = static_cast<int64_t>(call_rows.size());
+    params.num_heads = heads;
+    params.q = q.get();
+    params.softmax_scale = kScale;
+    params.rows = rows.get();
+    cache.Fill(params);
+    for (const MlaRow& row : call_rows)
+      params.max_context = std::max<int64_t>(params.max_context, row.position + 1);
+    params.workspace_bytes =
+        MlaAttentionWorkspaceBytesWithSegments(params.m, heads, params.max_context, segment_tokens);
+    params.workspace = Workspace(params.workspace_bytes).get();
+  }
+
+  DeviceBuffer<Bf16> q;
+  DeviceBuffer<MlaRow> rows;
+  size_t out_size;  // elements
+  MlaAttentionCoreParams params;
+};
+
 std::vector<Bf16> Attend(const Cache& cache, const std::vector<MlaRow>& rows, int64_t heads,
                          const std::vector<Bf16>& q, int64_t segment_tokens = 0,
                          bool beside_another = false) {
-  const auto m = static_cast<int64_t>(rows.size());
-  const DeviceBuffer<Bf16> device_q(q);
-  const DeviceBuffer<MlaRow> device_rows(rows);
-  const DeviceBuffer<Bf16> out(static_cast<size_t>(m * heads * kRank));
-  MlaAttentionCoreParams params;
-  params.m = m;
-  params.num_heads = heads;
-  params.q = device_q.get();
-  params.softmax_scale = kScale;
-  params.rows = device_rows.get();
-  cache.Fill(params);
-  for (const MlaRow& row : rows)
-    params.max_context = std::max<int64_t>(params.max_context, row.position + 1);
-  params.out = out.get();
-  params.workspace_bytes =
-      MlaAttentionWorkspaceBytesWithSegments(m, heads, params.max_context, segment_tokens);
-  params.workspace = Workspace(params.workspace_bytes).get();
+  Call call(cache, rows, heads, q, segment_tokens);
+  const DeviceBuffer<Bf16> out(call.out_size);
+  call.params.out = out.get();
   std::optional<CompetingKernel> competing;  // only now: allocating would wait for its end
   if (beside_another) competing.emplace();
-  const absl::Status status = LaunchMlaAttentionWithSegments(params, segment_tokens, nullptr);
+  const absl::Status status = LaunchMlaAttentionWithSegments(call.params, segment_tokens, nullptr);
   EXPECT_TRUE(status.ok()) << status.ToString();
   ExpectCudaOk(cudaStreamSynchronize(nullptr), "MlaAttention");
   if (competing) {
@@ -212,8 +224,10 @@ uint64_t HashOfRow(const std::vector<Bf16>& out, int64_t heads, int64_t row) {
 // allocate would wait for its end.
 class Whole {
  public:
-  Whole()
-      : cache_({kFirst + kRows}, 4, 5),
+  // Rows at positions from `first` on.
+  explicit Whole(int64_t first)
+      : first_(first),
+        cache_({first + kRows}, 4, 5),
         out_(static_cast<size_t>(kRows * kRowValues)),
         q_(static_cast<size_t>(2 * kRows * kHeads * kDim)),
         rows_(static_cast<size_t>(2 * kRows)) {
@@ -223,7 +237,7 @@ class Whole {
     for (int64_t row = 0; row < kRows; ++row) {
       if (row % 64 == 3) q[static_cast<size_t>(row * kHeads * kDim + 5)] = ToBf16(NAN);
       if (row % 64 == 9) q[static_cast<size_t>(row * kHeads * kDim + 700)] = ToBf16(-INFINITY);
-      rows.push_back({static_cast<int32_t>(kFirst + row), 0});
+      rows.push_back({static_cast<int32_t>(first + row), 0});
     }
     // Twice in a row, so that turned ones are a part of them.
     q.resize(2 * q.size());
@@ -235,7 +249,7 @@ class Whole {
     int64_t bytes = 0;
     for (const int64_t segment_tokens : {0, 512}) {
       for (int64_t m = 1; m <= kRows; ++m) {
-        bytes = std::max(bytes, MlaAttentionWorkspaceBytesWithSegments(m, kHeads, kFirst + kRows,
+        bytes = std::max(bytes, MlaAttentionWorkspaceBytesWithSegments(m, kHeads, first + kRows,
                                                                        segment_tokens));
       }
     }
@@ -257,8 +271,6 @@ class Whole {
   static constexpr int64_t kRows = 600, kHeads = 128, kRowValues = kHeads * kRank;
 
  private:
-  static constexpr int64_t kFirst = 1900;
-
   // A hash for each of the kRows rows from `first` on.
   std::vector<uint64_t> Run(int64_t first, int64_t chunk, int64_t segment_tokens) {
     out_.Poison();
@@ -266,7 +278,7 @@ class Whole {
     params.num_heads = kHeads;
     params.softmax_scale = kScale;
     cache_.Fill(params);
-    params.max_context = kFirst + kRows;
+    params.max_context = first_ + kRows;
     params.workspace = workspace->get();
     params.workspace_bytes = static_cast<int64_t>(workspace->count());
     for (int64_t row = 0; row < kRows; row += chunk) {
@@ -287,6 +299,7 @@ class Whole {
     return hashes;
   }
 
+  const int64_t first_;
   Cache cache_;
   DeviceBuffer<Bf16> out_, q_;
   DeviceBuffer<MlaRow> rows_;
@@ -294,23 +307,27 @@ class Whole {
 };
 
 TEST_F(MlaAttentionTest, ChunksOfACallGiveTheBitsOfTheWhole) {
-  Whole whole;
-  int64_t compared = 0;
-  for (const int64_t chunk : {1, 16, 63, 512}) {
-    for (const int64_t shift : {0, 1, 233}) {
-      const CompetingKernel competing;
-      EXPECT_EQ(whole.Different(chunk, shift), 0)
-          << "calls of " << chunk << " rows, " << shift << " places on";
-      EXPECT_TRUE(competing.Runs());
-      compared += Whole::kRows * Whole::kRowValues;
+  // One segment or two; from six long ones on to seven short ones; twelve and more, which are
+  // merged in more than one step.
+  for (const int64_t first : {1900, 5900, 11'700}) {
+    Whole whole(first);
+    int64_t compared = 0;
+    for (const int64_t chunk : {1, 16, 63, 512}) {
+      for (const int64_t shift : {0, 1, 233}) {
+        const CompetingKernel competing;
+        EXPECT_EQ(whole.Different(chunk, shift), 0) << "positions from " << first << ", calls of "
+                                                    << chunk << " rows, " << shift << " places on";
+        EXPECT_TRUE(competing.Runs());
+        compared += Whole::kRows * Whole::kRowValues;
+      }
     }
+    std::printf("positions from %ld: %ld values compared\n", first, compared);
+    EXPECT_GE(compared, 100'000'000);
+    // A split that follows the batch is noticed.
+    const int64_t different = whole.Different(16, 0, 512);
+    std::printf("%ld of %ld rows differ with another split\n", different, Whole::kRows);
+    EXPECT_GT(different, Whole::kRows / 2);
   }
-  std::printf("%ld values compared\n", compared);
-  EXPECT_GE(compared, 100'000'000);
-  // A split that follows the batch is noticed.
-  const int64_t different = whole.Different(16, 0, 512);
-  std::printf("%ld of %ld rows differ with another split\n", different, Whole::kRows);
-  EXPECT_GT(different, Whole::kRows / 2);
 }
 
 TEST_F(MlaAttentionTest, ARowHasTheSameBitsAmongAnyNeighboursAndPages) {
@@ -359,70 +376,37 @@ TEST_F(MlaAttentionTest, ARowHasTheSameBitsAmongAnyNeighboursAndPages) {
 }
 
 TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
-  const int64_t heads = 128;
+  constexpr int64_t kHeads = 128;
   const std::vector<int64_t> contexts = {3000, 70, 1500, 1024, 2500};
   Cache cache(contexts, 9, 10);
   cache.Upload();
-  std::vector<MlaRow> rows;
-  for (size_t i = 0; i < contexts.size(); ++i)
-    rows.push_back({static_cast<int32_t>(contexts[i] - 1), static_cast<int32_t>(i)});
-  const auto m = static_cast<int64_t>(rows.size());
-  const DeviceBuffer<Bf16> q(RandomQueries(m, heads, 11));
-  const DeviceBuffer<MlaRow> device_rows(rows);
-  DeviceBuffer<Bf16> out(static_cast<size_t>(m * heads * kRank));
-  MlaAttentionCoreParams params;
-  params.m = m;
-  params.num_heads = heads;
-  params.q = q.get();
-  params.softmax_scale = kScale;
-  params.rows = device_rows.get();
-  cache.Fill(params);
-  params.max_context = 3000;
-  params.out = out.get();
-  params.workspace_bytes = MlaAttentionWorkspaceBytes(m, heads, params.max_context);
-  params.workspace = Workspace(params.workspace_bytes).get();
-  uint64_t first = 0;
-  const auto launch = [&](int launches) {
-    const auto began = std::chrono::steady_clock::now();
-    for (int i = 0; i < launches; ++i) {
-      ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
-      if (i % 100 != 0) continue;  // every hundredth is read back, after 99 that overwrote it
-      const uint64_t hash = HashOf(out.Download());
-      if (first == 0) first = hash;
-      ASSERT_EQ(hash, first) << "launch " << i;
-      out.Poison();
+  // Rows shared by CTAs, and rows that each have one.
+  for (const size_t m : {5u, 150u}) {
+    SCOPED_TRACE(m);
+    std::vector<MlaRow> rows;
+    for (size_t i = 0; i < m; ++i) {
+      const size_t sequence = i % contexts.size();
+      rows.push_back(
+          {static_cast<int32_t>(contexts[sequence] - 1), static_cast<int32_t>(sequence)});
     }
-    ExpectCudaOk(cudaStreamSynchronize(nullptr), "MlaAttention");
-    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - began;
-    std::printf("%d launches, %.0f us each\n", launches, took.count() / launches);
-    std::fflush(stdout);
-  };
-  launch(1000);
-  for (int i = 0; i < 10; ++i) {  // it lives for ten seconds, about as long as all launches
-    const CompetingKernel competing;
-    launch(1000);
-    EXPECT_TRUE(competing.Runs());
+    Call call(cache, rows, kHeads, RandomQueries(static_cast<int64_t>(m), kHeads, 11));
+    const DeviceBuffer<Bf16> out(call.out_size), other(call.out_size);
+    ExpectEqualLaunches({{{{out.get(), 2 * call.out_size}}, {{other.get(), 2 * call.out_size}}}},
+                        [&](int set, cudaStream_t stream) {
+                          call.params.out = set == 0 ? out.get() : other.get();
+                          return LaunchMlaAttention(call.params, stream);
+                        });
   }
 }
 
 TEST_F(MlaAttentionTest, WhatTheKernelInFrontWritesIsWaitedFor) {
-  const int64_t heads = 128;
+  constexpr int64_t kHeads = 128;
   Cache cache({3000, 70, 1500}, 9, 12);
   cache.Upload();
-  const DeviceBuffer<MlaRow> rows(std::vector<MlaRow>{{2999, 0}, {69, 1}, {1499, 2}});
-  const DeviceBuffer<Bf16> q(RandomQueries(3, heads, 13));
-  DeviceBuffer<Bf16> out(static_cast<size_t>(3 * heads * kRank));
-  MlaAttentionCoreParams params;
-  params.m = 3;
-  params.num_heads = heads;
-  params.q = q.get();
-  params.softmax_scale = kScale;
-  params.rows = rows.get();
-  cache.Fill(params);
-  params.max_context = 3000;
+  Call call(cache, {{2999, 0}, {69, 1}, {1499, 2}}, kHeads, RandomQueries(3, kHeads, 13));
+  DeviceBuffer<Bf16> out(call.out_size);
+  MlaAttentionCoreParams& params = call.params;
   params.out = out.get();
-  params.workspace_bytes = MlaAttentionWorkspaceBytes(params.m, heads, params.max_context);
-  params.workspace = Workspace(params.workspace_bytes).get();
   ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
   const uint64_t expected = HashOf(out.Download());
   const auto run_behind = [&](const void* input, size_t bytes, const char* what) {
@@ -431,8 +415,8 @@ TEST_F(MlaAttentionTest, WhatTheKernelInFrontWritesIsWaitedFor) {
     ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
     EXPECT_EQ(HashOf(out.Download()), expected) << what;
   };
-  run_behind(q.get(), q.count() * sizeof(Bf16), "queries");
-  run_behind(rows.get(), rows.count() * sizeof(MlaRow), "rows");
+  run_behind(call.q.get(), call.q.count() * sizeof(Bf16), "queries");
+  run_behind(call.rows.get(), call.rows.count() * sizeof(MlaRow), "rows");
   run_behind(params.cache, static_cast<size_t>(params.num_blocks * 64 * kDim) * sizeof(Bf16),
              "cache");
   run_behind(params.block_tables, static_cast<size_t>(3 * params.max_blocks) * sizeof(int32_t),
