@@ -26,11 +26,13 @@ if(MOEBIUS_CUDA)
   # Diagnostic 177: a variable that only some instances of a template use.
   add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:--fmad=false;--expt-relaxed-constexpr;-Werror=all-warnings;-diag-suppress=177;-Xptxas=-warn-spills;-Xcompiler=-Wall;-Xcompiler=-ffp-contract=off>")
 
-  # Identifies the kernels that a test or benchmark ran: SHA-256 over the names and contents of kernels/cuda.
+  # Identifies the kernels that a test or benchmark ran: SHA-256 over the names and contents of kernels/cuda
+  # and of this file, which has the compiler's flags.
   file(GLOB_RECURSE cuda_files RELATIVE "${CMAKE_SOURCE_DIR}" CONFIGURE_DEPENDS
        "${CMAKE_SOURCE_DIR}/kernels/cuda/*.cu" "${CMAKE_SOURCE_DIR}/kernels/cuda/*.cuh"
        "${CMAKE_SOURCE_DIR}/kernels/cuda/*.h" "${CMAKE_SOURCE_DIR}/kernels/cuda/*.cc"
-       "${CMAKE_SOURCE_DIR}/kernels/cuda/*.py")
+       "${CMAKE_SOURCE_DIR}/kernels/cuda/*.py" "${CMAKE_SOURCE_DIR}/kernels/cuda/CMakeLists.txt")
+  list(APPEND cuda_files cmake/cuda.cmake)
   list(SORT cuda_files)
   set(cuda_digests "")
   foreach(cuda_file IN LISTS cuda_files)

@@ -1,6 +1,6 @@
-// cuda_bench [--json FILE] [--passed TESTS] [--failed TESTS] [NAME ...]: times the CUDA kernels,
-// all or those named, as one table. FILE also records what tests of the same build did before,
-// names separated by spaces. Needs a Hopper GPU.
+// cuda_bench [--json FILE] [--passed TESTS] [--failed TESTS] [--sanitized TESTS] [NAME ...]: times
+// the CUDA kernels, all or those named, as one table. FILE also records what tests of the same
+// build did before (TestResults). Needs a Hopper GPU.
 
 #include <cstdio>
 #include <cstring>
@@ -28,13 +28,15 @@ int main(int argc, char** argv) {
       {"row_digest", BenchRowDigest},
       {"dequantize_weight", BenchDequantizeWeight},
   };
-  std::string json, passed, failed, command = "cuda_bench";
+  TestResults tests;
+  std::string json, command = "cuda_bench";
   std::vector<std::string> wanted;
   for (int i = 1; i < argc; ++i) {
     bool option = false;
     for (const auto& [name, value] : {std::pair<const char*, std::string*>{"--json", &json},
-                                      {"--passed", &passed},
-                                      {"--failed", &failed}}) {
+                                      {"--passed", &tests.passed},
+                                      {"--failed", &tests.failed},
+                                      {"--sanitized", &tests.sanitized}}) {
       if (std::strcmp(argv[i], name) != 0 || i + 1 >= argc) continue;
       *value = argv[++i];
       option = true;
@@ -60,5 +62,5 @@ int main(int argc, char** argv) {
     if (run) bench(report);
   }
   std::printf("%d rows above their must\n", report.MissedMusts());
-  if (!json.empty()) report.WriteJson(json, command, passed, failed);
+  if (!json.empty()) report.WriteJson(json, command, tests);
 }

@@ -63,7 +63,7 @@ int Report::MissedMusts() const {
 }
 
 void Report::WriteJson(const std::string& path, const std::string& command,
-                       const std::string& passed, const std::string& failed) const {
+                       const TestResults& tests) const {
   int driver = 0;
   cudaDeviceProp device;
   CheckCuda(cudaGetDeviceProperties(&device, 0), "device");
@@ -75,8 +75,12 @@ void Report::WriteJson(const std::string& path, const std::string& command,
   json["command"] = command;
   json["kernels_cuda_hash"] = MOEBIUS_CUDA_HASH;
   json["read_bandwidth_gb_s"] = Rounded(read_bandwidth_);
-  json["tests_passed"] = std::vector<std::string>(absl::StrSplit(passed, ' ', absl::SkipEmpty()));
-  json["tests_failed"] = std::vector<std::string>(absl::StrSplit(failed, ' ', absl::SkipEmpty()));
+  for (const auto& [key, names] :
+       {std::pair<const char*, const std::string&>{"tests_passed", tests.passed},
+        {"tests_failed", tests.failed},
+        {"sanitized", tests.sanitized}}) {
+    json[key] = std::vector<std::string>(absl::StrSplit(names, ' ', absl::SkipEmpty()));
+  }
   for (const Row& row : rows_) {
     nlohmann::ordered_json out;
     out["kernel"] = row.kernel;

@@ -28,6 +28,12 @@ struct Row {
   std::string peer;  // what others reach at this shape, and who
 };
 
+// What tests of the same build did before, names separated by spaces.
+struct TestResults {
+  std::string passed, failed;
+  std::string sanitized;  // tool:test, for each that compute-sanitizer found clean
+};
+
 class Report {
  public:
   // `read_bandwidth`: GB/s of this run's probe.
@@ -38,10 +44,9 @@ class Report {
   // Prints the row and keeps it.
   void Add(Row row);
 
-  // `passed`, `failed`: names of tests, separated by spaces. Errors are fatal, as everywhere in
-  // benchmarks.
-  void WriteJson(const std::string& path, const std::string& command, const std::string& passed,
-                 const std::string& failed) const;
+  // Errors are fatal, as everywhere in benchmarks.
+  void WriteJson(const std::string& path, const std::string& command,
+                 const TestResults& tests) const;
   // How many rows with a must are above it.
   int MissedMusts() const;
 
