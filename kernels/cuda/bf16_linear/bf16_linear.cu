@@ -6,6 +6,7 @@
 #include "kernels/cuda/bf16_linear/output.cuh"
 #include "kernels/cuda/bf16_linear/resident.cuh"
 #include "kernels/cuda/bf16_linear/stream.cuh"
+#include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/status.h"
 #include "kernels/cuda/device/tensor_map.h"
@@ -165,10 +166,6 @@ absl::Status Validate(const Bf16LinearParams& p) {
   const auto bad = [](const char* field, int64_t value) {
     return absl::InvalidArgumentError(absl::StrCat("Bf16Linear: ", field, " is ", value));
   };
-  const auto pointer = [](const char* field) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("Bf16Linear: ", field, " is null or not aligned"));
-  };
   constexpr int64_t kMost = int64_t{1} << 24;
   const bool plain = p.heads == 1 && !p.weight_transposed;
   if (p.m < 0 || p.m > kMost) return bad("m", p.m);
@@ -189,13 +186,12 @@ absl::Status Validate(const Bf16LinearParams& p) {
     return bad("out_head_stride", p.out_head_stride);
   if ((p.m / 8 + 1) * (p.n / 64 + 1) * p.heads > int64_t{1} << 26)
     return bad("m * n * heads", p.m * p.n * p.heads);
-  if (p.x == nullptr || reinterpret_cast<uintptr_t>(p.x) % 16 != 0) return pointer("x");
-  if (p.weight == nullptr || reinterpret_cast<uintptr_t>(p.weight) % 16 != 0)
-    return pointer("weight");
-  if ((p.out_bf16 == nullptr) == (p.out_f32 == nullptr)) {
-    return absl::InvalidArgumentError("Bf16Linear: not exactly one of out_bf16, out_f32 is set");
-  }
-  return absl::OkStatus();
+  RETURN_IF_ERROR(CheckPointer("Bf16Linear", "x", p.x, 16));
+  RETURN_IF_ERROR(CheckPointer("Bf16Linear", "weight", p.weight, 16));
+  if ((p.out_bf16 == nullptr) == (p.out_f32 == nullptr))
+    return Refuse("Bf16Linear", "not exactly one of out_bf16, out_f32 is set");
+  return p.out_f32 != nullptr ? CheckPointer("Bf16Linear", "out_f32", p.out_f32, 4)
+                              : CheckPointer("Bf16Linear", "out_bf16", p.out_bf16, 2);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "kernels/cuda/device/status.h"
 
+#include <atomic>
+
 #include "absl/strings/str_cat.h"
 
 namespace moebius::kernels::cuda {
@@ -12,16 +14,15 @@ absl::Status ToStatus(cudaError_t error, absl::string_view what) {
                                             : absl::InternalError(message);
 }
 
-absl::Status LaunchStatus(absl::string_view kernel) { return ToStatus(cudaGetLastError(), kernel); }
-
 int MultiprocessorCount() {
-  static const int count = [] {
-    int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 1;
-    if (cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-      return 1;
-    return value;
-  }();
+  static std::atomic<int> known = 0;
+  if (const int count = known.load(std::memory_order_relaxed); count > 0) return count;
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 132;
+  }
+  known.store(count, std::memory_order_relaxed);
   return count;
 }
 

@@ -12,10 +12,8 @@ namespace moebius::kernels::cuda {
 // OK for cudaSuccess; otherwise Internal (ResourceExhausted for memory) naming `what` failed.
 absl::Status ToStatus(cudaError_t error, absl::string_view what);
 
-// The status of the launch just made (cudaGetLastError).
-absl::Status LaunchStatus(absl::string_view kernel);
-
-// Multiprocessors of the current device, asked for once.
+// Multiprocessors of the current device, asked for until it is known. Where it can't be told those
+// of an H200: what is launched then fails, and says why.
 int MultiprocessorCount();
 
 }  // namespace moebius::kernels::cuda

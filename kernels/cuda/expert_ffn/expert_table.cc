@@ -64,6 +64,8 @@ absl::StatusOr<ExpertTable> ExpertTable::Create(int64_t hidden, int64_t intermed
   RETURN_IF_ERROR(ToStatus(cudaMalloc(reinterpret_cast<void**>(&table.entries_), bytes), kOp));
   RETURN_IF_ERROR(
       ToStatus(cudaMemcpy(table.entries_, entries.data(), bytes, cudaMemcpyHostToDevice), kOp));
+  // The copy may still be under way, and a stream that doesn't wait for it may come next.
+  RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(nullptr), kOp));
   return table;
 }
 

@@ -25,6 +25,7 @@ absl::StatusOr<ExpertWorkspace> ExpertWorkspace::Create(int64_t rows_max, int64_
       4 * static_cast<size_t>(kCounterTiles + rows_max / kTileRows + experts_max);
   RETURN_IF_ERROR(ToStatus(cudaMalloc(reinterpret_cast<void**>(&space.counters_), counters), kOp));
   RETURN_IF_ERROR(ToStatus(cudaMemset(space.counters_, 0, counters), kOp));
+  RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(nullptr), kOp));  // any stream may come next
   return space;
 }
 

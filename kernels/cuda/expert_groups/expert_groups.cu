@@ -1,5 +1,7 @@
-#include "absl/strings/str_cat.h"
+#include <cstdint>
+
 #include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/expert_groups/expert_groups.h"
 
@@ -91,21 +93,16 @@ __global__ void __launch_bounds__(32 * kWarps) ExpertGroups(const Args args) {
 }
 
 absl::Status Validate(const ExpertGroupsParams& p) {
-  const auto refuse = [](const char* field, int64_t value, const char* rule) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("ExpertGroups: ", field, " is ", value, ", must be ", rule));
-  };
-  if (p.top_k < 1 || p.top_k > 64) return refuse("top_k", p.top_k, "1 .. 64");
-  if (p.m < 0 || p.m > (INT32_MAX / 2) / p.top_k) return refuse("m", p.m, "0 .. 2^30 / top_k");
-  if (p.num_experts < 1 || p.num_experts > kExpertGroupsMaxExperts)
-    return refuse("num_experts", p.num_experts, "1 .. 4096");
-  const auto missing = [](const char* field) {
-    return absl::InvalidArgumentError(absl::StrCat("ExpertGroups: ", field, " is null"));
-  };
-  if (p.m > 0 && p.experts == nullptr) return missing("experts");
-  if (p.expert_offsets == nullptr) return missing("expert_offsets");
-  if (p.m > 0 && p.row_index == nullptr) return missing("row_index");
-  return absl::OkStatus();
+  constexpr const char* kOp = "ExpertGroups";
+  RETURN_IF_ERROR(CheckRange(kOp, "top_k", p.top_k, 1, 64));
+  RETURN_IF_ERROR(CheckRange(kOp, "m", p.m, 0, (INT32_MAX / 2) / p.top_k));
+  RETURN_IF_ERROR(CheckRange(kOp, "num_experts", p.num_experts, 1, kExpertGroupsMaxExperts));
+  RETURN_IF_ERROR(CheckPointer(kOp, "expert_offsets", p.expert_offsets, 4));
+  if (p.m == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(CheckPointer(kOp, "experts", p.experts, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "row_index", p.row_index, 4));
+  return p.packed_rows == nullptr ? absl::OkStatus()
+                                  : CheckPointer(kOp, "packed_rows", p.packed_rows, 4);
 }
 
 template <int kWarps, int kUnroll>

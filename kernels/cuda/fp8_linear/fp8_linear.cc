@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/status.h"
 #include "kernels/cuda/fp8_linear/paths.h"
 
@@ -9,22 +10,18 @@ namespace moebius::kernels::cuda {
 namespace {
 
 absl::Status Validate(const Fp8LinearParams& p) {
-  const auto bad = [](const char* field, int64_t value) {
-    return absl::InvalidArgumentError(absl::StrCat("Fp8Linear: ", field, " is ", value));
-  };
+  constexpr const char* kOp = "Fp8Linear";
   constexpr int64_t kMost = int64_t{1} << 22;  // rows: fewer than 65,536 tiles of 128
-  if (p.m < 0 || p.m > kMost) return bad("m", p.m);
-  if (p.n <= 0 || p.n > kMost) return bad("n", p.n);
-  if (p.k <= 0 || p.k > kMost || p.k % 16 != 0) return bad("k", p.k);
-  if (p.out_stride < p.n) return bad("out_stride", p.out_stride);
-  for (const void* pointer : {static_cast<const void*>(p.x), static_cast<const void*>(p.weight)}) {
-    if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
-      return absl::InvalidArgumentError("Fp8Linear: x or weight is null or not 16-aligned");
-    }
-  }
-  if (p.x_scales == nullptr || p.weight_scales == nullptr || p.out == nullptr) {
-    return absl::InvalidArgumentError("Fp8Linear: a scale or output pointer is null");
-  }
+  RETURN_IF_ERROR(CheckRange(kOp, "m", p.m, 0, kMost));
+  RETURN_IF_ERROR(CheckRange(kOp, "n", p.n, 1, kMost));
+  RETURN_IF_ERROR(CheckRange(kOp, "k", p.k, 1, kMost));
+  if (p.k % 16 != 0) return Refuse(kOp, absl::StrCat("k is ", p.k, ", not a multiple of 16"));
+  RETURN_IF_ERROR(CheckRange(kOp, "out_stride", p.out_stride, p.n, INT64_MAX / kMost));
+  RETURN_IF_ERROR(CheckPointer(kOp, "x", p.x, 16));
+  RETURN_IF_ERROR(CheckPointer(kOp, "weight", p.weight, 16));
+  RETURN_IF_ERROR(CheckPointer(kOp, "x_scales", p.x_scales, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "weight_scales", p.weight_scales, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "out", p.out, 2));
   return absl::OkStatus();
 }
 

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
       for (int r = 0; r < 2 * kHalves; ++r) x_next[r] = *x_scale[r];
 #pragma unroll
-      for (int r = 0; r < kScaleCount; ++r) w_next[r] = __ldg(w_scale[r]);
+      for (int r = 0; r < kScaleCount; ++r) w_next[r] = *w_scale[r];
 
       float sum[kHalves][kColumns];
       float part[kSets][kColumns];
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int r = 0; r < kScaleCount; ++r) {
           w[r] = w_next[r];
-          w_next[r] = __ldg(w_scale[r] + ahead);
+          w_next[r] = w_scale[r][ahead];
         }
       };
       const auto add = [&](const float(&d)[kColumns], int half) {

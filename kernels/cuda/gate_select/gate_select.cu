@@ -1,9 +1,11 @@
 #include "kernels/cuda/gate_select/gate_select.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/gate_select/select_by_groups.cuh"
 #include "kernels/cuda/gate_select/select_by_warp.cuh"
@@ -34,28 +36,21 @@ absl::Status LaunchFor(const Gate& gate, cudaStream_t stream) {
 
 absl::Status Validate(const GateSelectParams& p) {
   const GateConfig& c = p.config;
-  const auto refuse = [](const char* field, int64_t value, const char* rule) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("GateSelect: ", field, " is ", value, ", must be ", rule));
-  };
-  if (p.m < 0 || p.m > INT32_MAX / kGateMaxExperts) return refuse("m", p.m, "0 .. 2^22");
-  if (c.n_routed_experts < 1 || c.n_routed_experts > kGateMaxExperts)
-    return refuse("n_routed_experts", c.n_routed_experts, "1 .. 512");
-  if (c.num_experts_per_tok < 1 || c.num_experts_per_tok > kGateMaxExpertsPerToken)
-    return refuse("num_experts_per_tok", c.num_experts_per_tok, "1 .. 16");
-  if (c.num_experts_per_tok > c.n_routed_experts)
-    return refuse("num_experts_per_tok", c.num_experts_per_tok, "at most n_routed_experts");
-  if (c.n_group < 1 || c.n_routed_experts % c.n_group != 0)
-    return refuse("n_group", c.n_group, "a divisor of n_routed_experts");
-  if (c.topk_group < 1 || c.topk_group > c.n_group)
-    return refuse("topk_group", c.topk_group, "1 .. n_group");
-  const auto missing = [](const char* field) {
-    return absl::InvalidArgumentError(absl::StrCat("GateSelect: ", field, " is null"));
-  };
-  if (p.logits == nullptr) return missing("logits");
-  if (p.experts == nullptr) return missing("experts");
-  if (p.weights == nullptr) return missing("weights");
-  return absl::OkStatus();
+  constexpr const char* kOp = "GateSelect";
+  RETURN_IF_ERROR(CheckRange(kOp, "m", p.m, 0, INT32_MAX / kGateMaxExperts));
+  RETURN_IF_ERROR(CheckRange(kOp, "n_routed_experts", c.n_routed_experts, 1, kGateMaxExperts));
+  RETURN_IF_ERROR(CheckRange(kOp, "num_experts_per_tok", c.num_experts_per_tok, 1,
+                             std::min(kGateMaxExpertsPerToken, c.n_routed_experts)));
+  RETURN_IF_ERROR(CheckRange(kOp, "n_group", c.n_group, 1, c.n_routed_experts));
+  if (c.n_routed_experts % c.n_group != 0) {
+    return Refuse(kOp, absl::StrCat("n_group is ", c.n_group, ", not a divisor of the ",
+                                    c.n_routed_experts, " experts"));
+  }
+  RETURN_IF_ERROR(CheckRange(kOp, "topk_group", c.topk_group, 1, c.n_group));
+  RETURN_IF_ERROR(CheckPointer(kOp, "logits", p.logits, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "experts", p.experts, 4));
+  RETURN_IF_ERROR(CheckPointer(kOp, "weights", p.weights, 4));
+  return p.bias == nullptr ? absl::OkStatus() : CheckPointer(kOp, "bias", p.bias, 4);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 #include "kernels/cuda/sampling/sampling.h"
 
-#include "absl/strings/str_cat.h"
 #include "base/prng.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/cluster.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
@@ -224,23 +224,13 @@ __global__ void __cluster_dims__(kClusterRanks) __launch_bounds__(kThreads, 1)
   SampleRow<kClusterRanks, kDraw>(rows);
 }
 
-absl::Status Refuse(const char* op, const char* field, int64_t value, const char* rule) {
-  return absl::InvalidArgumentError(
-      absl::StrCat(op, ": ", field, " is ", value, ", must be ", rule));
-}
-absl::Status Missing(const char* op, const char* field) {
-  return absl::InvalidArgumentError(absl::StrCat(op, ": ", field, " is null"));
-}
-
 absl::Status ValidateRows(const char* op, int64_t m, int64_t vocab, int64_t stride,
                           const float* logits) {
-  if (m < 0 || m > (1 << 27)) return Refuse(op, "m", m, "0 .. 2^27");
-  if (vocab < 1 || vocab > kSamplingMaxVocab) return Refuse(op, "vocab", vocab, "1 .. 400000");
-  if (stride < vocab) return Refuse(op, "logits_stride", stride, "at least vocab");
-  if (logits == nullptr) return Missing(op, "logits");
-  if (reinterpret_cast<uintptr_t>(logits) % 4 != 0)
-    return absl::InvalidArgumentError(absl::StrCat(op, ": logits is not 4-aligned"));
-  return absl::OkStatus();
+  constexpr int64_t kMost = 1 << 27;
+  RETURN_IF_ERROR(CheckRange(op, "m", m, 0, kMost));
+  RETURN_IF_ERROR(CheckRange(op, "vocab", vocab, 1, kSamplingMaxVocab));
+  RETURN_IF_ERROR(CheckRange(op, "logits_stride", stride, vocab, INT64_MAX / kMost));
+  return CheckPointer(op, "logits", logits, alignof(float));
 }
 
 // So few rows that a cluster each has multiprocessors of its own.
@@ -260,10 +250,10 @@ absl::Status Launch(const char* op, Rows rows, int64_t m, cudaStream_t stream) {
 absl::Status LaunchSample(const SampleParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(ValidateRows("Sample", p.m, p.vocab, p.logits_stride, p.logits));
-  if (p.params == nullptr) return Missing("Sample", "params");
-  if (p.token_index == nullptr) return Missing("Sample", "token_index");
-  if (p.tokens == nullptr) return Missing("Sample", "tokens");
-  if (p.logprobs == nullptr) return Missing("Sample", "logprobs");
+  RETURN_IF_ERROR(CheckPointer("Sample", "params", p.params, alignof(SamplingParams)));
+  RETURN_IF_ERROR(CheckPointer("Sample", "token_index", p.token_index, alignof(uint64_t)));
+  RETURN_IF_ERROR(CheckPointer("Sample", "tokens", p.tokens, alignof(TokenId)));
+  RETURN_IF_ERROR(CheckPointer("Sample", "logprobs", p.logprobs, alignof(float)));
   Rows rows = {};
   rows.logits = p.logits;
   rows.stride = p.logits_stride;
@@ -278,10 +268,10 @@ absl::Status LaunchSample(const SampleParams& p, cudaStream_t stream) {
 absl::Status LaunchTokenLogprobs(const TokenLogprobsParams& p, cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
   RETURN_IF_ERROR(ValidateRows("TokenLogprobs", p.m, p.vocab, p.logits_stride, p.logits));
-  if (p.per_row < 0) return Refuse("TokenLogprobs", "per_row", p.per_row, "0 or more");
+  RETURN_IF_ERROR(CheckRange("TokenLogprobs", "per_row", p.per_row, 0, 1 << 20));
   if (p.per_row == 0) return absl::OkStatus();
-  if (p.tokens == nullptr) return Missing("TokenLogprobs", "tokens");
-  if (p.logprobs == nullptr) return Missing("TokenLogprobs", "logprobs");
+  RETURN_IF_ERROR(CheckPointer("TokenLogprobs", "tokens", p.tokens, alignof(TokenId)));
+  RETURN_IF_ERROR(CheckPointer("TokenLogprobs", "logprobs", p.logprobs, alignof(float)));
   Rows rows = {};
   rows.logits = p.logits;
   rows.stride = p.logits_stride;

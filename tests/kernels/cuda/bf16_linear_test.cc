@@ -488,8 +488,11 @@ TEST_F(Bf16LinearTest, ArgumentsThatItCannotTakeAreRefusedByName) {
                  [](Bf16LinearParams& p) { p.weight_head_stride = 32; });
   expect_refused("out_stride is 8", [](Bf16LinearParams& p) { p.out_stride = 8; });
   expect_refused("out_head_stride is -1", [](Bf16LinearParams& p) { p.out_head_stride = -1; });
-  expect_refused("x is null or not aligned", [](Bf16LinearParams& p) { p.x += 1; });
-  expect_refused("weight is null or not aligned", [](Bf16LinearParams& p) { p.weight = nullptr; });
+  expect_refused("x is not aligned", [](Bf16LinearParams& p) { p.x += 1; });
+  expect_refused("weight is null", [](Bf16LinearParams& p) { p.weight = nullptr; });
+  expect_refused("out_f32 is not aligned", [](Bf16LinearParams& p) {
+    p.out_f32 = reinterpret_cast<float*>(p.out_bf16 + 1), p.out_bf16 = nullptr;
+  });
   expect_refused("out_bf16, out_f32", [](Bf16LinearParams& p) { p.out_bf16 = nullptr; });
 }
 

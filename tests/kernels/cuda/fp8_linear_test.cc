@@ -368,14 +368,35 @@ TEST_F(Fp8LinearTest, WhatTheKernelInFrontWritesIsWaitedFor) {
 }
 
 TEST_F(Fp8LinearTest, ShapesThatItCannotTakeAreRefusedByName) {
-  Fp8LinearParams params;
-  EXPECT_TRUE(LaunchIt(params).ok()) << "no rows";
-  params.m = 1;
-  params.n = 64;
-  params.k = 120;
-  const absl::Status status = LaunchIt(params);
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_NE(status.message().find("k is 120"), absl::string_view::npos);
+  EXPECT_TRUE(LaunchIt({}).ok()) << "no rows";
+  const Weight weight(64, 128, 1);
+  const DeviceBuffer<E4m3> x(256);
+  const DeviceBuffer<float> x_scales(2);
+  const DeviceBuffer<Bf16> out(128);
+  Fp8LinearParams good = Params(weight);
+  good.m = 1;
+  good.x = x.get();
+  good.x_scales = x_scales.get();
+  good.out = out.get();
+  const auto expect_refused = [&](const char* name, auto change) {
+    Fp8LinearParams bad = good;
+    change(bad);
+    const absl::Status status = LaunchIt(bad);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << name;
+    EXPECT_NE(status.message().find(name), absl::string_view::npos) << status.ToString();
+  };
+  expect_refused("m is -1", [](Fp8LinearParams& p) { p.m = -1; });
+  expect_refused("n is 0", [](Fp8LinearParams& p) { p.n = 0; });
+  expect_refused("k is 120", [](Fp8LinearParams& p) { p.k = 120; });
+  expect_refused("out_stride is 63", [](Fp8LinearParams& p) { p.out_stride = 63; });
+  expect_refused("x is not aligned", [](Fp8LinearParams& p) { p.x += 8; });
+  expect_refused("weight is null", [](Fp8LinearParams& p) { p.weight = nullptr; });
+  expect_refused("x_scales is null", [](Fp8LinearParams& p) { p.x_scales = nullptr; });
+  expect_refused("weight_scales is not aligned", [](Fp8LinearParams& p) {
+    p.weight_scales =
+        reinterpret_cast<const float*>(reinterpret_cast<uintptr_t>(p.weight_scales) + 2);
+  });
+  expect_refused("out is null", [](Fp8LinearParams& p) { p.out = nullptr; });
 }
 
 }  // namespace

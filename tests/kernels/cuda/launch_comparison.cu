@@ -118,8 +118,7 @@ void ExpectEqualLaunches(const std::array<std::vector<OutputSpan>, 2>& outputs,
   EXPECT_EQ(found.words_compared, 10'000 * words);
   EXPECT_EQ(found.words_different, 0u)
       << "the first in pair " << found.first_pair << " of " << kPairs;
-  std::printf("%lld launches, each compared: %llu words\n",
-              static_cast<long long>(found.launches),
+  std::printf("%lld launches, each compared: %llu words\n", static_cast<long long>(found.launches),
               static_cast<unsigned long long>(found.words_compared));
   std::fflush(stdout);
 }

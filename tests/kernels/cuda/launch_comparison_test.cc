@@ -22,14 +22,14 @@ class LaunchComparisonTest : public GpuTest {
     std::iota(values.begin(), values.end(), 7u);
     const DeviceBuffer<uint32_t> from(values), one(kWords), other(kWords);
     const DeviceBuffer<uint32_t> launches(std::vector<uint32_t>{0});
-    return CompareLaunches({{{{one.get(), 4 * kWords}}, {{other.get(), 4 * kWords}}}},
-                           [&](int set, cudaStream_t stream) {
-                             LaunchFaultyCopy(set == 0 ? one.get() : other.get(), from.get(),
-                                              set == 0 ? kWords : written, launches.get(), faulty,
-                                              stream);
-                             return absl::OkStatus();
-                           },
-                           2);
+    return CompareLaunches(
+        {{{{one.get(), 4 * kWords}}, {{other.get(), 4 * kWords}}}},
+        [&](int set, cudaStream_t stream) {
+          LaunchFaultyCopy(set == 0 ? one.get() : other.get(), from.get(),
+                           set == 0 ? kWords : written, launches.get(), faulty, stream);
+          return absl::OkStatus();
+        },
+        2);
   }
 };
 
