@@ -33,6 +33,7 @@ struct Large {
 template <int kWeights, int kHalves, bool kSegmented>
 struct LargeTile {
   static constexpr int kTokens = 128 * kHalves;
+  static constexpr int kWeightRows = kWeights;
   static constexpr int kTokenBytes = kTokens * kFp8Block;
   static constexpr int kWeightBytes = kWeights * kFp8Block;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
@@ -51,6 +52,64 @@ struct LargeTile {
   static_assert(kStages >= 3, "a stage is loaded, one waits and one is multiplied");
 };
 
+// The tiles of a cluster, one after another: bands of token tiles, in a band weight tile by weight
+// tile, so that the clusters that run at a time read few rows of either side.
+template <typename T, int kCtas>
+struct TileOrder {
+  __device__ __forceinline__ explicit TileOrder(const Large& shape)
+      : band(shape.band),
+        weight_tiles(shape.weight_tiles),
+        token_clusters(shape.token_tiles / kCtas),
+        rank(kCtas == 1 ? 0 : static_cast<int>(blockIdx.x) % kCtas),
+        first(static_cast<int>(blockIdx.x) / kCtas),
+        step(static_cast<int>(gridDim.x) / kCtas),
+        end(token_clusters * weight_tiles) {}
+  // The first token and weight row of this CTA's part of a tile.
+  __device__ __forceinline__ void Place(int tile, int* token0, int* weight0) const {
+    const int in_band = band * weight_tiles;
+    const int at_band = tile / in_band, rest = tile % in_band;
+    const int wide = min(band, token_clusters - at_band * band);
+    *token0 = ((at_band * band + rest % wide) * kCtas + rank) * T::kTokens;
+    *weight0 = rest / wide * T::kWeightRows;
+  }
+  int band, weight_tiles, token_clusters, rank;
+  int first, step, end;  // tiles: first, first + step, ... below end
+};
+
+// One lane keeps copies in flight, over the borders of tiles.
+template <typename T, int kCtas>
+__device__ __forceinline__ void LoadStages(const CUtensorMap& tokens, const CUtensorMap& weights,
+                                           const TileOrder<T, kCtas>& order, int k_blocks,
+                                           uint8_t* stages, uint64_t* full, uint64_t* empty) {
+  PrefetchTensorMap(&tokens);
+  PrefetchTensorMap(&weights);
+  int s = 0;
+  uint32_t parity = 1;
+  for (int tile = order.first; tile < order.end; tile += order.step) {
+    int token0, weight0;
+    order.Place(tile, &token0, &weight0);
+    for (int block = 0; block < k_blocks; ++block) {
+      BarrierWait(&empty[s], parity);
+      uint8_t* const stage = stages + s * T::kStageBytes;
+      BarrierArriveExpect(&full[s], T::kStageBytes);
+      TmaLoad2d(stage, &tokens, &full[s], block * kFp8Block, token0, kEvictNormal);
+      if constexpr (kCtas == 1) {
+        TmaLoad2d(stage + T::kTokenBytes, &weights, &full[s], block * kFp8Block, weight0,
+                  kEvictNormal);
+      } else {
+        const int part = order.rank * (T::kWeightBytes / kCtas);
+        TmaLoad2dTo((1 << kCtas) - 1, stage + T::kTokenBytes + part, &weights, &full[s],
+                    block * kFp8Block, weight0 + order.rank * (T::kWeightRows / kCtas),
+                    kEvictNormal);
+      }
+      if (++s == T::kStages) {
+        s = 0;
+        parity ^= 1;
+      }
+    }
+  }
+}
+
 // Warpgroups 0 and 1 multiply, warpgroup 2 keeps copies in flight. kSegmented: K has several
 // segments, whose sums are added in registers. kSets: sets of accumulators; with two, a block is
 // scaled while the next is multiplied. Clusters of kCtas share the weight rows of neighbouring
@@ -68,9 +127,6 @@ __global__ void __launch_bounds__(384, 1)
   uint8_t* const staged = stages + T::kStages * T::kStageBytes;
   // The same for a warp, which the compiler is told, so that descriptors are made once for all.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int rank = kCtas == 1 ? 0 : static_cast<int>(blockIdx.x) % kCtas;
-  const int cluster = static_cast<int>(blockIdx.x) / kCtas;
-  const int clusters = static_cast<int>(gridDim.x) / kCtas;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) {
@@ -84,48 +140,12 @@ __global__ void __launch_bounds__(384, 1)
   LetNextKernelStart();
   WaitForPrecedingKernel();
 
-  // Tile t: bands of token tiles, in a band weight tile by weight tile, so that the clusters that
-  // run at a time read few rows of either side.
-  const int token_clusters = shape.token_tiles / kCtas;
-  const int tiles = token_clusters * shape.weight_tiles;
-  const auto place = [&](int tile, int* token0, int* weight0) {
-    const int in_band = shape.band * shape.weight_tiles;
-    const int band = tile / in_band, rest = tile % in_band;
-    const int wide = min(shape.band, token_clusters - band * shape.band);
-    *token0 = ((band * shape.band + rest % wide) * kCtas + rank) * T::kTokens;
-    *weight0 = rest / wide * kWeights;
-  };
-
+  const TileOrder<T, kCtas> order(shape);
   if (warp >= 8) {
     RegistersDown<40>();
     if (warp == 8 && lane == 0) {
-      PrefetchTensorMap(&tokens);
-      PrefetchTensorMap(&weights);
       PrefetchTensorMap(&out);
-      int s = 0;
-      uint32_t parity = 1;
-      for (int tile = cluster; tile < tiles; tile += clusters) {
-        int token0, weight0;
-        place(tile, &token0, &weight0);
-        for (int block = 0; block < shape.k_blocks; ++block) {
-          BarrierWait(&empty[s], parity);
-          uint8_t* const stage = stages + s * T::kStageBytes;
-          BarrierArriveExpect(&full[s], T::kStageBytes);
-          TmaLoad2d(stage, &tokens, &full[s], block * kFp8Block, token0, kEvictNormal);
-          if constexpr (kCtas == 1) {
-            TmaLoad2d(stage + T::kTokenBytes, &weights, &full[s], block * kFp8Block, weight0,
-                      kEvictNormal);
-          } else {
-            TmaLoad2dTo((1 << kCtas) - 1, stage + T::kTokenBytes + rank * (T::kWeightBytes / kCtas),
-                        &weights, &full[s], block * kFp8Block, weight0 + rank * (kWeights / kCtas),
-                        kEvictNormal);
-          }
-          if (++s == T::kStages) {
-            s = 0;
-            parity ^= 1;
-          }
-        }
-      }
+      LoadStages<T, kCtas>(tokens, weights, order, shape.k_blocks, stages, full, empty);
     }
     __syncwarp();
   } else {
@@ -169,9 +189,9 @@ __global__ void __launch_bounds__(384, 1)
       if (++release_stage == T::kStages) release_stage = 0;
     };
 
-    for (int tile = cluster; tile < tiles; tile += clusters) {
+    for (int tile = order.first; tile < order.end; tile += order.step) {
       int token0, weight0;
-      place(tile, &token0, &weight0);
+      order.Place(tile, &token0, &weight0);
       // Rows beyond m are computed with any scale of a row that exists, and not stored.
       const float* x_scale[2 * kHalves];
 #pragma unroll

@@ -65,6 +65,46 @@ struct SmallTile {
   static constexpr int kGroupBytes = 16 * 128 * kGroups;
 };
 
+// What a CTA computes: blocks of K of a segment, of a tile of weight and token rows.
+struct SmallWork {
+  int weight0, token0, block0, blocks;
+};
+
+// One lane keeps copies in flight: a stage is filled as soon as all warps have released it.
+template <typename T>
+__device__ __forceinline__ void LoadStages(const CUtensorMap& weights, const CUtensorMap& tokens,
+                                           const Small& shape, const SmallWork& work,
+                                           uint8_t* stages, uint64_t* full, uint64_t* empty) {
+  const auto load_weights = [&](int block, int s) {
+    BarrierArriveExpect(&full[s], T::kStageBytes);
+    TmaLoad2d(stages + s * T::kStageBytes, &weights, &full[s], (work.block0 + block) * kFp8Block,
+              work.weight0, kEvictFirst);
+  };
+  const int at_once = min(shape.stages, work.blocks);
+  const int ahead = T::kLoadAhead && shape.weights_resident ? at_once : 0;
+#pragma unroll 1
+  for (int block = 0; block < ahead; ++block) load_weights(block, block);
+  if (ahead == 0) {
+    // To L2 only: what the kernel in front still writes there is what is loaded afterwards.
+#pragma unroll 1
+    for (int block = 0; block < min(T::kPrefetched, at_once); ++block)
+      TmaPrefetch2d(&weights, (work.block0 + block) * kFp8Block, work.weight0);
+  }
+  WaitForPrecedingKernel();
+  int s = 0, parity = 1;
+#pragma unroll 1
+  for (int block = 0; block < work.blocks; ++block) {
+    if (block >= at_once) BarrierWait(&empty[s], parity);
+    if (block >= ahead) load_weights(block, s);
+    TmaLoad2d(stages + s * T::kStageBytes + T::kWeightBytes, &tokens, &full[s],
+              (work.block0 + block) * kFp8Block, work.token0, kEvictLast);
+    if (++s == shape.stages) {
+      s = 0;
+      parity ^= 1;
+    }
+  }
+}
+
 // kParts times kGroups warpgroups multiply, 64 weight rows with a part of the tokens each; one warp
 // more keeps copies in flight. kSets: sets of accumulators; with two, a block is scaled while the
 // next is multiplied.
@@ -109,34 +149,7 @@ __global__ void __launch_bounds__(SmallTile<kTokens, kGroups, kParts>::kAllThrea
     if (shape.segments > 1) ClusterArriveRelaxed();
     if constexpr (T::kMoveRegisters) RegistersDown<T::kLoaderRegisters>();
     if (warp == kWarps && lane == 0) {
-      const auto load_weights = [&](int block, int s) {
-        BarrierArriveExpect(&full[s], T::kStageBytes);
-        TmaLoad2d(stages + s * T::kStageBytes, &weights, &full[s], (block0 + block) * kFp8Block,
-                  weight0, kEvictFirst);
-      };
-      const int at_once = min(shape.stages, blocks);
-      const int ahead = T::kLoadAhead && shape.weights_resident ? at_once : 0;
-#pragma unroll 1
-      for (int block = 0; block < ahead; ++block) load_weights(block, block);
-      if (ahead == 0) {
-        // To L2 only: what the kernel in front still writes there is what is loaded afterwards.
-#pragma unroll 1
-        for (int block = 0; block < min(T::kPrefetched, at_once); ++block)
-          TmaPrefetch2d(&weights, (block0 + block) * kFp8Block, weight0);
-      }
-      WaitForPrecedingKernel();
-      int s = 0, parity = 1;
-#pragma unroll 1
-      for (int block = 0; block < blocks; ++block) {
-        if (block >= at_once) BarrierWait(&empty[s], parity);
-        if (block >= ahead) load_weights(block, s);
-        TmaLoad2d(stages + s * T::kStageBytes + T::kWeightBytes, &tokens, &full[s],
-                  (block0 + block) * kFp8Block, token0, kEvictLast);
-        if (++s == shape.stages) {
-          s = 0;
-          parity ^= 1;
-        }
-      }
+      LoadStages<T>(weights, tokens, shape, {weight0, token0, block0, blocks}, stages, full, empty);
     }
     __syncwarp();
     if (shape.segments > 1) ClusterWait();
