@@ -39,8 +39,8 @@ __device__ __forceinline__ uint64_t DrawTarget(float u, uint64_t mass) {
 template <int kRanks>
 __device__ inline bool DrawAmongFew(RowMemory<kRanks>& memory, const RowState& row, uint32_t count,
                                     const Draw& draw) {
-  ForEachListed(row, draw.bracket,
-                [&](float logit, int place) { Gather(memory, row, logit, place); });
+  ForEachListed(row,
+                [&](float logit, int i) { Gather(memory, row, logit, PlaceOfListed(row, i)); });
   RowBarrier<kRanks>();
   if (row.rank == 0) {
     if (threadIdx.x == 0) memory.appended = 0;
@@ -109,10 +109,9 @@ __device__ __forceinline__ void DrawBySelection(RowMemory<kRanks>& memory, RowSt
       const double distance = static_cast<double>(target.value) - static_cast<double>(mass_before);
       bracket = BracketFrom(memory, edge,
                             static_cast<float>(distance / static_cast<double>(1ull << kMassBits)));
-      ClearHistogram(memory);
-      RowBarrier<kRanks>();
+      ClearForAll(memory);
       float4 quads[kTogether];
-      const Masses masses = Weigh(memory, row, kList | kAbove, bracket, false, quads);
+      const Masses masses = Weigh<kList | kAbove | kReplaceNan>(memory, row, bracket, false, quads);
       uint64_t above[1] = {static_cast<uint64_t>(masses.above)};
       Exchange<Fold::kSum>(memory.exchange, row.rank, row.turn, above);
       mass_above = above[0];

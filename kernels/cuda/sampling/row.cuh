@@ -59,6 +59,16 @@ __device__ __forceinline__ void MinAt(uint32_t* at, uint32_t rank, uint32_t valu
                : "memory");
 }
 template <int kRanks>
+__device__ __forceinline__ uint32_t LoadAt(const uint32_t* at, uint32_t rank) {
+  if (kRanks == 1) return *at;
+  uint32_t v;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(v)
+               : "r"(ClusterAddress(SharedAddress(at), rank))
+               : "memory");
+  return v;
+}
+template <int kRanks>
 __device__ __forceinline__ uint4 LoadAt(const uint4* at, uint32_t rank) {
   if (kRanks == 1) return *at;
   uint4 v;
@@ -158,11 +168,10 @@ __device__ __forceinline__ void InclusiveScan(uint64_t& x, uint64_t& y,
     scratch[1][warp] = y;
   }
   __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps - 1; ++w) {
-    x += w < warp ? scratch[0][w] : 0;
-    y += w < warp ? scratch[1][w] : 0;
-  }
+  static_assert(kWarps == 16);
+  const bool before = lane % 16 < warp;
+  x += FoldLanes<Fold::kSum, 16>(before ? scratch[0][lane % 16] : 0);
+  y += FoldLanes<Fold::kSum, 16>(before ? scratch[1][lane % 16] : 0);
 }
 
 // The same for kCount floats.

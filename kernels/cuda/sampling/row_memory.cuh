@@ -10,6 +10,7 @@ namespace moebius::kernels::cuda {
 
 constexpr int kBins = kThreads;
 constexpr int kMostListed = 24;     // candidates of a thread
+constexpr int kFewBatches = 8;      // a slice with more has more lists, and keeps less
 constexpr int kMostGathered = 256;  // of a row
 
 struct Candidate {
@@ -38,10 +39,6 @@ struct BinRule {
     const float at = __fmul_rn(__fsub_rn(from, exponent), per_octave);
     return static_cast<int>(fminf(fmaxf(at, 0.0f), static_cast<float>(kBins - 1)));
   }
-  // The mass of a candidate at the upper edge of bin `edge`, as a float.
-  __device__ __forceinline__ float MassAt(float edge, float octaves_of_bin) const {
-    return exp2f(fminf(from - edge * octaves_of_bin, 0.0f)) * 2199023255552.0f;
-  }
 };
 __device__ __forceinline__ BinRule BinRuleOf(Bracket bracket) {
   constexpr float kOctaves = 16.0f;  // as far as a bracket's end is finite
@@ -51,12 +48,25 @@ __device__ __forceinline__ BinRule BinRuleOf(Bracket bracket) {
 
 // The candidates in the bracket that each thread found among its own logits; it alone reads them.
 struct Lists {
-  float logits[kMostListed][kThreads];
-  uint16_t numbers[kMostListed][kThreads];
+  // In the order of BatchOfTurn, then of numbers. What finds the list full goes to the last rows.
+  float logits[kMostListed + 4][kThreads];
+  // A bit for each logit of a batch. Those of a slice with more batches are where another would
+  // keep its second.
+  uint32_t bits[kFewBatches][kThreads];
 };
+
+// Candidates of each bin, and the sums of their masses in two parts: exact, while the candidates
+// are not more than kMostInBin.
+struct BinSums {
+  uint32_t high[kBins], low[kBins];  // in multiples of 2^kLowBits, and of 1
+  uint32_t count[kBins];
+  static constexpr int kLowBits = 21;
+};
+constexpr uint32_t kMostInBin = 2047;
 
 union Histogram {
   uint4 counts[kBins];  // four counters a bin, for different lanes
+  BinSums listed;
   struct {
     uint64_t mass[kBins];
     uint32_t count[kBins];
@@ -82,11 +92,11 @@ struct RowMemory {
   uint32_t tops[kBins];  // threads' largest logits, by their exponents
   float first_of_warp[kWarps];
   Curve curve;
-  // The bins in which a running sum passes its target, [begin, end): candidates before and in them.
-  int begin, end;
+  // The bin at which a running sum reaches its target, or kBins; candidates before it and in it.
+  int reached;
   uint64_t count_before, count_within;
   uint64_t mass_before;
-  bool has_nan;
+  bool has_nan;            // or an infinite maximum: no log-probability is a number
   uint32_t first_largest;  // id
   float log_sum;
   // What was selected: its key, and the sum of masses up to it, or 0 if nothing was.
@@ -100,7 +110,7 @@ struct RowState {
   Lists* lists;
   uint32_t rank;
   int turn = 0;          // of Exchange
-  bool counted = false;  // the bracket's candidates, in the histogram, by BinRuleOf
+  bool counted = false;  // the bracket's candidates, by BinRuleOf, in histogram.listed
   int listed = 0;        // by this thread, also those that found no place in its list
   float maximum;
   float factor;  // log2(e) / temperature
@@ -108,6 +118,13 @@ struct RowState {
 
 __device__ __forceinline__ float ExponentOf(const RowState& row, float logit) {
   return WeightExponent(logit, row.maximum, row.factor);
+}
+
+__device__ __forceinline__ uint32_t& ListedBits(const RowState& row, int batch) {
+  uint32_t* const bits = row.slice.Batches() <= kFewBatches
+                             ? row.lists->bits[0]
+                             : reinterpret_cast<uint32_t*>(row.slice.kept + kBatch / 4);
+  return bits[batch * kThreads + static_cast<int>(threadIdx.x)];
 }
 
 template <int kRanks>
@@ -120,6 +137,15 @@ template <int kRanks>
 __device__ __forceinline__ void CountInBin(RowMemory<kRanks>& memory, int bin, uint32_t count) {
   atomicAdd(&reinterpret_cast<uint32_t*>(memory.histogram.counts)[4 * bin + threadIdx.x % 4],
             count);
+}
+
+// Adds a candidate to a bin's sums.
+template <int kRanks>
+__device__ __forceinline__ void AddToBin(RowMemory<kRanks>& memory, int bin, uint64_t mass) {
+  BinSums& sums = memory.histogram.listed;
+  atomicAdd(&sums.high[bin], static_cast<uint32_t>(mass >> BinSums::kLowBits));
+  atomicAdd(&sums.low[bin], static_cast<uint32_t>(mass) & ((1u << BinSums::kLowBits) - 1));
+  atomicAdd(&sums.count[bin], 1);
 }
 
 // Copies a candidate to the gathered ones of CTA 0, where there is room.

@@ -12,10 +12,11 @@ namespace moebius::kernels::cuda {
 namespace {
 
 // Batches of a slice that stay in shared memory: of a row that lists candidates, and of others.
-constexpr int kMostKeptBesideLists = 2;
 constexpr int kMostKept = 3;
+constexpr int kMostKeptBesideLists = 2;
 constexpr int kDynamicBytes = kMostKeptBesideLists * kBatchBytes + static_cast<int>(sizeof(Lists));
 static_assert(kDynamicBytes >= kMostKept * kBatchBytes);
+static_assert(kSamplingMaxVocab / 32 * 4 <= kBatchBytes, "room for ListedBits");
 
 struct Rows {
   const float* logits;
@@ -34,49 +35,52 @@ struct Rows {
 
 // What a thread finds in the first pass.
 struct Largest {
-  float of_thread = -__builtin_inff();
-  int number = 0;  // the first with it
+  float sampled = -__builtin_inff();  // of the logits that are sampled, and of the others
+  float other = -__builtin_inff();
+  int quad = -1;  // the first with the largest, where it was looked for
   bool has_nan = false;
+  __device__ __forceinline__ float OfThread() const { return fmaxf(sampled, other); }
 };
 
 // The first pass: keeps the first batches in shared memory and the last in `quads`, where the first
 // already is, finds the largest logit, and counts the sample if that is wanted.
-template <int kRanks>
-__device__ __forceinline__ void LoadRow(RowMemory<kRanks>& memory, const RowState& row,
-                                        bool samples, SampleBins& bins, float4 (&quads)[kTogether],
-                                        Largest& largest) {
-  const Slice& slice = row.slice;
-  for (int batch = 0; batch < slice.Batches(); ++batch) {
-    const bool kept = batch < slice.batches_kept;
-    const bool once = batch < kMostKeptBesideLists || batch == slice.Batches() - 1;
-    if (batch > 0) LoadBatch(slice, batch, once, quads);
-    if (batch == 0 && samples) bins = MakeSampleBins(memory, quads[0], row.factor);
+enum class Finds { kLargest, kFirstLargest, kSample };
+template <Finds kFinds>
+__device__ __forceinline__ Largest LoadRow(const Slice& slice, const SampleBins& bins,
+                                           float4 (&quads)[kTogether]) {
+  Largest largest;
+  const int batches = slice.Batches();
+#pragma unroll 1
+  for (int batch = 0; batch < batches; ++batch) {
+    const bool once = batch + 1 < slice.batches_kept || batch + 2 == batches;
 #pragma unroll
-    for (int q = 0; q < kTogether; ++q) {
-      const float4& four = quads[q];
-      const float of_quad = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
-      if (of_quad > largest.of_thread) {
-        largest.of_thread = of_quad;
-        const int c = four.x == of_quad ? 0 : four.y == of_quad ? 1 : four.z == of_quad ? 2 : 3;
-        largest.number = 4 * (batch * kTogether + q) + c;
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int q = half * kHalf; q < (half + 1) * kHalf; ++q) {
+        const float4& four = quads[q];
+        const float even = fmaxf(four.x, four.z), odd = fmaxf(four.y, four.w);
+        if (kFinds == Finds::kSample) {
+          largest.sampled = fmaxf(largest.sampled, q % 2 == 0 ? even : odd);
+          largest.other = fmaxf(largest.other, q % 2 == 0 ? odd : even);
+          bins.Count(q % 2 == 0 ? four.x : four.y);
+          bins.Count(q % 2 == 0 ? four.z : four.w);
+        } else if (fmaxf(even, odd) > largest.other) {
+          largest.other = fmaxf(even, odd);
+          if (kFinds == Finds::kFirstLargest) largest.quad = batch * kTogether + q;
+        }
+        largest.has_nan = largest.has_nan || four.x != four.x || four.y != four.y ||
+                          four.z != four.z || four.w != four.w;
+        if (batch < slice.batches_kept)
+          slice.kept[(batch * kTogether + q) * kThreads + static_cast<int>(threadIdx.x)] = four;
       }
-      largest.has_nan = largest.has_nan || four.x != four.x || four.y != four.y ||
-                        four.z != four.z || four.w != four.w;
-    }
-    if (samples) {
-#pragma unroll
-      for (int q = 0; q < kTogether; ++q) {
-        CountInBin(memory, bins.Of(IsSampled(4 * q) ? quads[q].x : quads[q].y), 1);
-        CountInBin(memory, bins.Of(IsSampled(4 * q) ? quads[q].z : quads[q].w), 1);
+      if (batch + 2 < batches) {
+        LoadHalf(slice, batch + 1, half, once, true, quads);
+      } else if (batch + 2 == batches) {
+        LoadHalf(slice, batch + 1, half, once, false, quads);
       }
     }
-    if (!kept) continue;
-#pragma unroll
-    for (int q = 0; q < kTogether; ++q)
-      slice.kept[(batch * kTogether + q) * kThreads + static_cast<int>(threadIdx.x)] = quads[q];
   }
-  const bool sampled = IsSampled(largest.number) && slice.count > PlaceOf(0);
-  if (samples && sampled) CountInBin(memory, bins.Of(largest.of_thread), ~0u);
+  return largest;
 }
 
 // Leaves the id of the row's first largest logit in memory.first_largest of CTA 0, after the next
@@ -84,10 +88,26 @@ __device__ __forceinline__ void LoadRow(RowMemory<kRanks>& memory, const RowStat
 template <int kRanks>
 __device__ __forceinline__ void FindFirstLargest(RowMemory<kRanks>& memory, const RowState& row,
                                                  const Largest& largest) {
-  const int place = PlaceOf(largest.number);
-  if (OrderedBits(largest.of_thread) != OrderedBits(row.maximum) || place >= row.slice.count)
-    return;
-  MinAt<kRanks>(&memory.first_largest, 0, static_cast<uint32_t>(row.slice.first_id + place));
+  const uint32_t maximum = OrderedBits(row.maximum);
+  if (OrderedBits(largest.OfThread()) != maximum) return;
+  // Of a draw it was not looked for; that it is wanted is rare.
+  const int first = max(largest.quad, 0);
+  const int end = largest.quad < 0 ? kTogether * row.slice.Batches() : largest.quad + 1;
+#pragma unroll 1
+  for (int quad = first; quad < end; ++quad) {
+    float logits[4];
+    const int place = PlaceOf(4 * quad);
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      logits[c] = place + c < row.slice.count ? LogitOf(row.slice, 4 * quad + c) : 0.0f;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (place + c >= row.slice.count || OrderedBits(logits[c]) != maximum) continue;
+      MinAt<kRanks>(&memory.first_largest, 0,
+                    static_cast<uint32_t>(row.slice.first_id + place + c));
+      return;
+    }
+  }
 }
 
 // The log-probabilities of a row's given tokens.
@@ -128,16 +148,19 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   __syncthreads();
   WaitForPrecedingKernel();
   LetNextKernelStart();
-  row.lists = reinterpret_cast<Lists*>(dynamic + kMostKeptBesideLists * kBatch / 4);
   row.slice = MakeSlice(rows.logits + at * rows.stride, rows.vocab, rows.aligned, row.rank, kRanks,
-                        dynamic, kMostKeptBesideLists);
+                        dynamic);
   float4 quads[kTogether];
-  LoadBatch(row.slice, 0, true, quads);  // does not wait for the row's parameters
+  LoadHalf(row.slice, 0, 0, true, false, quads);  // does not wait for the row's parameters
+  LoadHalf(row.slice, 0, 1, true, false, quads);
   SamplingParams params;
   if (kDraw) params = rows.params[at];
   const bool greedy = !kDraw || !(params.temperature > 0.0f);
   row.factor = greedy ? kLog2E : fminf(__fdiv_rn(kLog2E, params.temperature), 1e30f);
-  if (greedy) row.slice.batches_kept = kMostKept;
+  row.slice.batches_kept = greedy                               ? kMostKept
+                           : row.slice.Batches() <= kFewBatches ? kMostKeptBesideLists
+                                                                : 1;
+  row.lists = reinterpret_cast<Lists*>(dynamic + kMostKeptBesideLists * (kBatch / 4));
   const uint32_t top_k = kDraw && params.top_k > 0 && params.top_k < rows.vocab
                              ? static_cast<uint32_t>(params.top_k)
                              : 0;
@@ -146,42 +169,63 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
     draw.top_p = params.top_p;
     draw.u = ToUnitFloat(CounterDraw(params.seed, 0, rows.token_index[at]));
   }
+  SampleBins bins;
   Largest largest;
-  SampleBins bins{0.0f, 0.0f};
-  // So few best candidates are bounded by threads' largest logits.
-  const bool samples = kDraw && !greedy && (top_k == 0 || top_k > kThreads / 2);
-  LoadRow(memory, row, samples, bins, quads, largest);
+  if (greedy) {
+    largest = LoadRow<Finds::kFirstLargest>(row.slice, bins, quads);
+  } else if (top_k > 0 && top_k <= kThreads / 2) {
+    // So few best candidates are bounded by threads' largest logits.
+    largest = LoadRow<Finds::kLargest>(row.slice, bins, quads);
+  } else {
+    bins = MakeSampleBins(memory, quads[0], row.factor);
+    largest = LoadRow<Finds::kSample>(row.slice, bins, quads);
+    if (largest.sampled >= largest.other && PlaceOf(0) < row.slice.count)
+      CountInBin(memory, bins.Of(largest.sampled), ~0u);
+  }
   if (kRanks > 1) ClusterWait();
-  uint64_t extremes[2] = {OrderedBits(largest.of_thread), largest.has_nan};
+  uint64_t extremes[2] = {OrderedBits(largest.OfThread()), largest.has_nan};
   Exchange<Fold::kMax, Fold::kMax>(memory.exchange, row.rank, row.turn, extremes);
   row.maximum = FromOrderedBits(static_cast<uint32_t>(extremes[0]));
-  // For later: it need not stay in registers.
-  if (threadIdx.x == 0) memory.has_nan = extremes[1] != 0;
-  // Infinite: no weight is positive.
-  const bool by_largest = greedy || fabsf(row.maximum) == __builtin_inff();
+  // If it is, no weight is positive.
+  const bool infinite = fabsf(row.maximum) == __builtin_inff();
+  if (threadIdx.x == 0) memory.has_nan = extremes[1] != 0 || infinite;
+  const bool by_largest = greedy || infinite;
 
-  int what = kAtOne;
+  Masses masses;
   Bracket bracket{0.0f, 0.0f};
+  constexpr bool kAlone = kRanks == 1;
   if (by_largest) {
     if (kDraw) FindFirstLargest(memory, row, largest);
+    masses = Weigh<kAtOne>(memory, row, bracket, kAlone, quads);
   } else {
-    atomicAdd(&memory.tops[BinOf(ExponentOf(row, largest.of_thread))],
+    atomicAdd(&memory.tops[BinOf(ExponentOf(row, largest.OfThread()))],
               PlaceOf(0) < row.slice.count ? 1u : 0u);
     EstimateCurve(memory, row, bins);
     bracket = draw.top_k > 0
                   ? BracketOfCount(memory, draw.top_k, rows.vocab)
                   : BracketOfMass(memory, draw.top_p < 1.0f ? draw.top_p : draw.u, rows.vocab);
-    what = bracket.FromBest() ? kSum | kList : kSum | kList | kAbove;
-    if (row.factor != kLog2E) what |= kAtOne;
+    constexpr int kFromBest = kSum | kList, kAny = kSum | kList | kAbove;
+    const auto weigh = [&]<int kWhat>() {
+      masses = Weigh<kWhat>(memory, row, bracket, kAlone, quads);
+    };
+    const bool at_one = row.factor == kLog2E;
+    if (memory.has_nan) {  // then nobody asks for the sum at temperature 1
+      weigh.template operator()<kAny | kReplaceNan>();
+    } else if (bracket.FromBest()) {
+      at_one ? weigh.template operator()<kFromBest>()
+             : weigh.template operator()<kFromBest | kAtOne>();
+    } else {
+      at_one ? weigh.template operator()<kAny>() : weigh.template operator()<kAny | kAtOne>();
+    }
+    if (at_one) masses.one = masses.row;
   }
-  const Masses masses = Weigh(memory, row, what, bracket, kRanks == 1, quads);
   uint64_t sums[4] = {
       static_cast<uint64_t>(masses.one), static_cast<uint64_t>(masses.row),
       static_cast<uint64_t>(masses.above),
       (static_cast<uint64_t>(masses.count_above) << 24) + static_cast<uint64_t>(row.listed)};
   Exchange<Fold::kSum, Fold::kSum, Fold::kSum, Fold::kSum>(memory.exchange, row.rank, row.turn,
                                                            sums);
-  const uint64_t total_one = what & kAtOne ? sums[0] : sums[1];
+  const uint64_t total_one = sums[0];
 
   if (!kDraw) {
     WriteGiven(rows, at, row, SliceOf(rows.vocab, kRanks), memory.has_nan, total_one);

@@ -28,7 +28,7 @@
 
 namespace moebius::kernels::cuda {
 
-// What the tests cover; listed candidates are numbered in 16 bits.
+// What the tests cover; a slice of more logits would have no room for the bits of its lists.
 inline constexpr int64_t kSamplingMaxVocab = 400'000;
 
 // Both enqueue on `stream`; all pointers are device pointers, borrowed until the stream has passed

@@ -48,43 +48,34 @@ __device__ inline bool ResolveGathered(RowMemory<kRanks>& memory, const RowState
   return memory.chosen_mass > 0;
 }
 
-// Of the bins' counts, finds those in which the running sum may pass the target, most probably:
-// from the edges of bins, with some more for rounding. Results in memory; begin == kBins: in none.
+// Each thread has the sums of its bin: finds the bin at which the running sum, which begins below
+// the target, reaches it. Results in memory, where `reached` == kBins is none, and what comes
+// before is then everything. False if a thread's sums are not `exact`.
 template <int kRanks>
-__device__ inline void FindBins(RowMemory<kRanks>& memory, Target target, const BinRule& rule,
-                                uint64_t mass_before, uint64_t count_before) {
-  const int bin = static_cast<int>(threadIdx.x);
-  uint32_t count = 0;
-#pragma unroll
-  for (int r = 0; r < kRanks; ++r) {
-    const uint4 four =
-        LoadAt<kRanks>(&memory.histogram.counts[threadIdx.x], static_cast<uint32_t>(r));
-    count += four.x + four.y + four.z + four.w;
+__device__ inline bool FindBin(RowMemory<kRanks>& memory, Target target, uint64_t mass,
+                               uint64_t count, bool exact, uint64_t mass_before,
+                               uint64_t count_before) {
+  uint64_t mass_up_to = mass, count_up_to = count;
+  InclusiveScan(mass_up_to, count_up_to, memory.scan);
+  mass_up_to += mass_before;
+  count_up_to += count_before;
+  const uint64_t sum = target.by_count ? count_up_to : mass_up_to;
+  const bool reaches = sum >= target.value && sum - (target.by_count ? count : mass) < target.value;
+  if (reaches || (threadIdx.x == kBins - 1 && sum < target.value)) {
+    memory.reached = reaches ? static_cast<int>(threadIdx.x) : kBins;
+    memory.mass_before = reaches ? mass_up_to - mass : mass_up_to;
+    memory.count_before = reaches ? count_up_to - count : count_up_to;
+    memory.count_within = count;
   }
-  const auto counted = static_cast<float>(count);
-  float sums[3] = {counted, counted, counted};  // the most, the least, exactly how many
-  auto needed = static_cast<float>(target.value - (target.by_count ? count_before : mass_before));
-  float slack = 0.0f;
-  if (!target.by_count) {
-    const auto edge = static_cast<float>(bin);
-    const float width = 1.0f / rule.per_octave;
-    sums[0] *= rule.MassAt(edge - 0.01f, width) + 2.0f;
-    sums[1] *= bin == kBins - 1 ? 0.0f : fmaxf(rule.MassAt(edge + 1.01f, width) - 2.0f, 0.0f);
-    slack = 1e-4f;
-  }
-  InclusiveScan(sums, *reinterpret_cast<float(*)[3][kWarps]>(memory.scan_floats));
-  const int begin = __syncthreads_count(sums[0] * (1.0f + slack) < needed);
-  const int end = min(__syncthreads_count(sums[1] * (1.0f - slack) < needed) + 1, kBins);
-  if (bin == begin) memory.count_before = static_cast<uint64_t>(sums[2] - counted);
-  if (bin == end - 1) memory.count_within = static_cast<uint64_t>(sums[2]);
-  __syncthreads();
-  if (bin == 0) {
-    memory.begin = begin;
-    memory.end = end;
-    memory.count_within -= memory.count_before;
-    memory.count_before += count_before;
-  }
-  __syncthreads();
+  return __syncthreads_or(!exact) == 0;
+}
+
+// Zeroes the histogram once no CTA reads it any more.
+template <int kRanks>
+__device__ __forceinline__ void ClearForAll(RowMemory<kRanks>& memory) {
+  RowBarrier<kRanks>();
+  ClearHistogram(memory);
+  RowBarrier<kRanks>();
 }
 
 // Among the candidates of a bracket, which are listed; `mass_before` and `count_before` it. False
@@ -95,61 +86,55 @@ __device__ inline bool SelectBracketed(RowMemory<kRanks>& memory, RowState& row,
                                        uint64_t& mass_before, uint64_t count_before,
                                        Target target) {
   BinRule rule = BinRuleOf(bracket);
-  BinRule outer =
-      rule;  // of the first round; the second looks at its bins [outer_begin, outer_end)
-  int outer_begin = 0, outer_end = kBins;
+  const BinRule outer = rule;  // of the first round; the second looks at one of its bins
+  int outer_bin = 0;
   uint64_t before = mass_before;
   for (int round = 0; round < 2; ++round) {
     const auto bin_of = [&](float exponent) {
-      if (round == 1) {
-        const int first = outer.Of(exponent);
-        if (first < outer_begin || first >= outer_end) return -1;
-      }
-      return rule.Of(exponent);
+      return round == 1 && outer.Of(exponent) != outer_bin ? -1 : rule.Of(exponent);
     };
     if (round == 1 || !row.counted) {
-      ClearHistogram(memory);
-      RowBarrier<kRanks>();
-      ForEachListed(row, bracket, [&](float logit, int) {
-        const int bin = bin_of(ExponentOf(row, logit));
-        if (bin >= 0) CountInBin(memory, bin, 1);
+      ClearForAll(memory);
+      ForEachListed(row, [&](float logit, int) {
+        const float exponent = ExponentOf(row, logit);
+        const int bin = bin_of(exponent);
+        if (bin >= 0) AddToBin(memory, bin, MassOf(exponent));
       });
       RowBarrier<kRanks>();
       row.counted = round == 0;
     }
-    FindBins(memory, target, rule, before, count_before);
-    const int begin = memory.begin, end = memory.end;
-    const bool few = memory.count_within <= kMostGathered;
-    // Exactly what comes before those bins; those in them are gathered if they are few.
-    uint64_t sums[1] = {0};
-    ForEachListed(row, bracket, [&](float logit, int place) {
-      const float exponent = ExponentOf(row, logit);
-      const int bin = bin_of(exponent);
-      if (bin < 0 || bin >= end) return;
-      if (bin < begin) {
-        sums[0] += MassOf(exponent);
-      } else if (few) {
-        Gather(memory, row, logit, place);
-      }
-    });
-    Exchange<Fold::kSum>(memory.exchange, row.rank, row.turn, sums);
-    before += sums[0];
-    if (begin == kBins) {
+    uint64_t mass = 0, count = 0;
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) {
+      const auto rank = static_cast<uint32_t>(r);
+      const BinSums& sums = memory.histogram.listed;
+      mass += (static_cast<uint64_t>(LoadAt<kRanks>(&sums.high[threadIdx.x], rank))
+               << BinSums::kLowBits) +
+              LoadAt<kRanks>(&sums.low[threadIdx.x], rank);
+      count += LoadAt<kRanks>(&sums.count[threadIdx.x], rank);
+    }
+    if (!FindBin(memory, target, mass, count, count <= kMostInBin, before, count_before))
+      return false;
+    const int reached = memory.reached;
+    before = memory.mass_before;
+    if (reached == kBins) {
       mass_before = before;
       return false;
     }
     count_before = memory.count_before;
-    if (few) {
-      const auto count = static_cast<uint32_t>(memory.count_within);
+    if (memory.count_within <= kMostGathered) {
       if (threadIdx.x == 0) memory.chosen_mass = 0;
+      ForEachListed(row, [&](float logit, int i) {
+        if (bin_of(ExponentOf(row, logit)) == reached)
+          Gather(memory, row, logit, PlaceOfListed(row, i));
+      });
       RowBarrier<kRanks>();
-      return ResolveGathered(memory, row, count, target, before, count_before);
+      return ResolveGathered(memory, row, static_cast<uint32_t>(memory.count_within), target,
+                             before, count_before);
     }
-    outer_begin = begin;
-    outer_end = end;
-    rule.from = outer.from - static_cast<float>(begin) / outer.per_octave;
-    rule.per_octave =
-        outer.per_octave * static_cast<float>(kBins) / static_cast<float>(end - begin);
+    outer_bin = reached;
+    rule.from = outer.from - static_cast<float>(reached) / outer.per_octave;
+    rule.per_octave = outer.per_octave * static_cast<float>(kBins);
   }
   return false;
 }
@@ -186,14 +171,10 @@ __device__ inline void SelectAny(RowMemory<kRanks>& memory, RowState& row, Targe
   const int numbers = 4 * kTogether * row.slice.Batches();
   row.counted = false;
   for (int shift = 32 + kIdBits - kBitsAStep;; shift = max(0, shift - kBitsAStep)) {
-    ClearHistogram(memory);
-    if (threadIdx.x == 0) {
-      memory.begin = kBins;
-      memory.chosen_mass = 0;
-    }
-    RowBarrier<kRanks>();
+    if (threadIdx.x == 0) memory.chosen_mass = 0;
+    ClearForAll(memory);
     const auto for_each = [&](auto f) {  // f(logit, place, bin or -1), by whole warps
-#pragma unroll 4
+#pragma unroll 1
       for (int number = 0; number < numbers; ++number) {
         const int place = PlaceOf(number);
         const bool exists = place < row.slice.count;
@@ -221,20 +202,8 @@ __device__ inline void SelectAny(RowMemory<kRanks>& memory, RowState& row, Targe
           (static_cast<uint64_t>(odd ? masses.w : masses.y) << 32) | (odd ? masses.z : masses.x);
       count += threadIdx.x % 4 < 2 ? (odd ? counts.y : counts.x) : (odd ? counts.w : counts.z);
     }
-    uint64_t mass_up_to = mass, count_up_to = count;
-    InclusiveScan(mass_up_to, count_up_to, memory.scan);
-    mass_up_to += mass_before;
-    count_up_to += count_before;
-    const uint64_t reached = target.by_count ? count_up_to : mass_up_to;
-    const uint64_t step = target.by_count ? count : mass;
-    if (reached >= target.value && reached - step < target.value) {
-      memory.begin = static_cast<int>(threadIdx.x);
-      memory.mass_before = mass_up_to - mass;
-      memory.count_before = count_up_to - count;
-      memory.count_within = count;
-    }
-    __syncthreads();
-    const int found = memory.begin;
+    FindBin(memory, target, mass, count, true, mass_before, count_before);
+    const int found = memory.reached;
     const bool few = found < kBins && memory.count_within <= kMostGathered;
     if (few) {
       for_each([&](float logit, int place, int bin) {

@@ -15,7 +15,8 @@ namespace moebius::kernels::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTogether = 8;  // quads of four logits that a thread loads at once: a batch
+constexpr int kTogether = 8;          // quads of four logits of a thread: a batch
+constexpr int kHalf = kTogether / 2;  // quads that it loads at once, while it works on the others
 constexpr int kBatch = 4 * kTogether * kThreads;
 constexpr int kBatchBytes = kBatch * static_cast<int>(sizeof(float));
 constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -35,11 +36,13 @@ __host__ __device__ constexpr int SliceOf(int vocab, int ranks) {
   return ((vocab + ranks - 1) / ranks + 3) / 4 * 4;
 }
 __device__ __forceinline__ Slice MakeSlice(const float* row, int vocab, bool aligned, uint32_t rank,
-                                           int ranks, float4* kept, int most_kept) {
+                                           int ranks, float4* kept) {
   const int slice = SliceOf(vocab, ranks);
   const int begin = min(vocab, static_cast<int>(rank) * slice);
   const int count = min(vocab, begin + slice) - begin;
-  return {row + begin, kept, count, begin, most_kept, aligned && count % 4 == 0};
+  const float* from = row + begin;
+  asm("" : "+l"(from));  // or every loop would compute it anew
+  return {from, kept, count, begin, 0, aligned && count % 4 == 0};
 }
 
 // A thread's logits are numbered: 4 * kTogether a batch. Their places in the slice:
@@ -47,18 +50,7 @@ __device__ __forceinline__ int PlaceOf(int number) {
   return 4 * (number / 4 * kThreads + static_cast<int>(threadIdx.x)) + number % 4;
 }
 
-// This thread's quad of four logits; -infinity beyond the slice.
-__device__ __forceinline__ float4 LoadQuad(const Slice& slice, int quad) {
-  const float least = -__builtin_inff();
-  const int place = PlaceOf(4 * quad);
-  float4 four = make_float4(least, least, least, least);
-  if (place < slice.count) four.x = __ldcg(slice.from + place);
-  if (place + 1 < slice.count) four.y = __ldcg(slice.from + place + 1);
-  if (place + 2 < slice.count) four.z = __ldcg(slice.from + place + 2);
-  if (place + 3 < slice.count) four.w = __ldcg(slice.from + place + 3);
-  return four;
-}
-// `once`: what is not read again needs no room in L2.
+// `once`: what is not read again needs no room in L2. What lies beyond the slice is -infinity.
 __device__ __forceinline__ float4 LoadVector(const float* from, bool once) {
   float4 v;
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
@@ -66,44 +58,43 @@ __device__ __forceinline__ float4 LoadVector(const float* from, bool once) {
                : "l"(from), "l"(once ? kEvictFirst : kEvictNormal));
   return v;
 }
-__device__ __forceinline__ void LoadBatch(const Slice& slice, int batch, bool once,
-                                          float4 (&quads)[kTogether]) {
+// `whole`: all of it is in the slice.
+__device__ __forceinline__ void LoadHalf(const Slice& slice, int batch, int half, bool once,
+                                         bool whole, float4 (&quads)[kTogether]) {
   const float least = -__builtin_inff();
-  const int first = PlaceOf(4 * batch * kTogether);
+  const int first = PlaceOf(4 * (batch * kTogether + half * kHalf));
   const float* const from = slice.from + first;
   const int left = slice.count - first;
-  if (slice.vectors) {
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      quads[i] = 4 * i * kThreads < left ? LoadVector(from + 4 * i * kThreads, once)
-                                         : make_float4(least, least, least, least);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kTogether; ++i) {
+  for (int i = 0; i < kHalf; ++i) {
+    float4& four = quads[half * kHalf + i];
     const float* const at = from + 4 * i * kThreads;
-    quads[i] = make_float4(least, least, least, least);
-    if (4 * i * kThreads < left) quads[i].x = __ldcg(at);
-    if (4 * i * kThreads + 1 < left) quads[i].y = __ldcg(at + 1);
-    if (4 * i * kThreads + 2 < left) quads[i].z = __ldcg(at + 2);
-    if (4 * i * kThreads + 3 < left) quads[i].w = __ldcg(at + 3);
+    if (whole && slice.vectors) {
+      four = LoadVector(at, once);
+      continue;
+    }
+    four = make_float4(least, least, least, least);
+    if (slice.vectors) {
+      if (4 * i * kThreads < left) four = LoadVector(at, once);
+      continue;
+    }
+    if (4 * i * kThreads < left) four.x = __ldcg(at);
+    if (4 * i * kThreads + 1 < left) four.y = __ldcg(at + 1);
+    if (4 * i * kThreads + 2 < left) four.z = __ldcg(at + 2);
+    if (4 * i * kThreads + 3 < left) four.w = __ldcg(at + 3);
   }
 }
 // The same for what has been kept.
-__device__ __forceinline__ float4 QuadOf(const Slice& slice, int quad) {
-  if (quad >= slice.batches_kept * kTogether) return LoadQuad(slice, quad);
-  return slice.kept[quad * kThreads + static_cast<int>(threadIdx.x)];
-}
 __device__ __forceinline__ float LogitOf(const Slice& slice, int number) {
   if (number >= 4 * slice.batches_kept * kTogether) return __ldcg(slice.from + PlaceOf(number));
   return reinterpret_cast<const float*>(
       slice.kept)[4 * (number / 4 * kThreads + static_cast<int>(threadIdx.x)) + number % 4];
 }
-__device__ __forceinline__ void BatchOf(const Slice& slice, int batch, float4 (&quads)[kTogether]) {
-  if (batch >= slice.batches_kept) return LoadBatch(slice, batch, false, quads);
+__device__ __forceinline__ void HalfOf(const Slice& slice, int batch, int half, bool whole,
+                                       float4 (&quads)[kTogether]) {
+  if (batch >= slice.batches_kept) return LoadHalf(slice, batch, half, false, whole, quads);
 #pragma unroll
-  for (int i = 0; i < kTogether; ++i)
+  for (int i = half * kHalf; i < (half + 1) * kHalf; ++i)
     quads[i] = slice.kept[(batch * kTogether + i) * kThreads + static_cast<int>(threadIdx.x)];
 }
 

@@ -22,9 +22,10 @@ __device__ __forceinline__ float WeightExponent(float logit, float maximum, floa
 }
 
 // A mass in two parts, a multiple of 2^-18 and what is left in multiples of 2^-41 (-2^22 .. 2^22),
-// each as the representation of a float in whose low bits the multiple stands: adding 1.5 * 2^k
-// rounds a float to a multiple of 2^(k - 23) and leaves the multiple there.
-constexpr float kHighMagic = 48.0f, kLowMagic = 1.5f / 262144;
+// each as the representation of a float in whose low bits the multiple stands: adding 2^k (1.5 *
+// 2^k where it may be negative) rounds a float to a multiple of 2^(k - 23) and leaves the multiple
+// there.
+constexpr float kHighMagic = 32.0f, kLowMagic = 1.5f / 262144;
 struct MassParts {
   uint32_t high;
   uint32_t low;
@@ -37,15 +38,21 @@ __device__ __forceinline__ MassParts PartsOf(float exponent) {
   return {__float_as_uint(high), __float_as_uint(__fadd_rn(rest, kLowMagic))};
 }
 
-// The sum of up to 500 masses.
+// The sum of up to 127 masses.
 struct MassSum {
   uint32_t high = 0, low = 0;  // modulo 2^32
   __device__ __forceinline__ void Add(MassParts parts) {
     high += parts.high;
     low += parts.low;
   }
-  // `count`: of the masses added.
-  __device__ __forceinline__ int64_t Total(uint32_t count) const {
+  // How many were added: each adds kHighMagic, that is 33 * 2^25, and all multiples together less
+  // than 2^25.
+  __device__ __forceinline__ uint32_t Count() const {
+    static_assert(33 * 97 % 128 == 1);
+    return (high >> 25) * 97 % 128;
+  }
+  __device__ __forceinline__ int64_t Total() const { return TotalOf(Count()); }
+  __device__ __forceinline__ int64_t TotalOf(uint32_t count) const {
     return (static_cast<int64_t>(high - count * __float_as_uint(kHighMagic)) << 23) +
            static_cast<int32_t>(low - count * __float_as_uint(kLowMagic));
   }
@@ -54,7 +61,7 @@ struct MassSum {
 __device__ __forceinline__ uint64_t MassOf(float exponent) {
   MassSum sum;
   sum.Add(PartsOf(exponent));
-  return static_cast<uint64_t>(sum.Total(1));
+  return static_cast<uint64_t>(sum.TotalOf(1));
 }
 
 // Ascending keys are candidates in descending logit, then ascending id.
