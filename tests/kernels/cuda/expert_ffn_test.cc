@@ -401,5 +401,40 @@ TEST_F(ExpertFfnTest, WhatItCannotTakeIsRefusedByName) {
       << missing.message();
 }
 
+// The kernel in front lets the next one start at once and reads late what that one overwrites.
+TEST_F(ExpertFfnTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
+  const Experts experts(4, 1024, 384, 18);
+  const int64_t rows = 151;
+  const Sources sources(rows, 1024, 19);
+  const DeviceBuffer<E4m3> x(sources.codes);
+  const DeviceBuffer<float> x_scales(sources.scales);
+  const DeviceBuffer<int32_t> offsets(Offsets({16, 1, 4, 130})), index(RandomIndex(rows, rows, 20));
+  DeviceBuffer<Bf16> out(static_cast<size_t>(rows * experts.hidden));
+  const ExpertWorkspace workspace = WorkspaceFor(experts, rows);
+  const auto codes = static_cast<size_t>(rows * workspace.intermediate());
+  GroupedFfnParams params;
+  params.table = experts.table.get();
+  params.num_experts = 4;
+  params.row_offsets = offsets.get();
+  params.rows_max = rows;
+  params.x_codes = x.get();
+  params.x_scales = x_scales.get();
+  params.row_index = index.get();
+  params.out = out.get();
+  params.workspace = &workspace;
+  ASSERT_STATUS_OK(LaunchExpertFfn(params, nullptr));  // a first launch may wait for others
+  const uint64_t expected = HashOf(out.Download());
+  const auto run_behind_reader = [&](const void* memory, size_t bytes, const char* what) {
+    out.Poison();
+    ExpectCudaOk(cudaMemset(workspace.codes(), 0xcd, codes), "workspace");
+    const LateReader reader(memory, bytes);
+    ASSERT_STATUS_OK(LaunchExpertFfn(params, nullptr));
+    EXPECT_TRUE(reader.FoundItAsItWas()) << what;
+    EXPECT_EQ(HashOf(out.Download()), expected) << what;
+  };
+  run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
+  run_behind_reader(workspace.codes(), codes, "requantised rows");
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda

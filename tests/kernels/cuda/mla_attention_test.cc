@@ -464,5 +464,40 @@ TEST_F(MlaAttentionTest, ArgumentsThatItCannotTakeAreRefusedByName) {
   expect("q is null");
 }
 
+// The kernel in front lets the next one start at once and reads late what that one overwrites.
+TEST_F(MlaAttentionTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
+  for (const int64_t heads : {16, 128}) {
+    Cache cache({3000, 70, 1500}, 9, 14);
+    cache.Upload();
+    const DeviceBuffer<MlaRow> rows(std::vector<MlaRow>{{2999, 0}, {69, 1}, {1499, 2}});
+    const DeviceBuffer<Bf16> q(RandomQueries(3, heads, 15));
+    DeviceBuffer<Bf16> out(static_cast<size_t>(3 * heads * kRank));
+    MlaAttentionCoreParams params;
+    params.m = 3;
+    params.num_heads = heads;
+    params.q = q.get();
+    params.softmax_scale = kScale;
+    params.rows = rows.get();
+    cache.Fill(params);
+    params.max_context = 3000;
+    params.out = out.get();
+    params.workspace_bytes = MlaAttentionWorkspaceBytes(params.m, heads, params.max_context);
+    DeviceBuffer<uint8_t> workspace(static_cast<size_t>(params.workspace_bytes));
+    params.workspace = workspace.get();
+    ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));  // a first launch may wait for others
+    const uint64_t expected = HashOf(out.Download());
+    const auto run_behind_reader = [&](const void* memory, size_t bytes, const char* what) {
+      out.Poison();
+      workspace.Poison();
+      const LateReader reader(memory, bytes);
+      ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
+      EXPECT_TRUE(reader.FoundItAsItWas()) << heads << " heads, " << what;
+      EXPECT_EQ(HashOf(out.Download()), expected) << heads << " heads, " << what;
+    };
+    run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
+    run_behind_reader(workspace.get(), workspace.count(), "workspace");
+  }
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda
