@@ -2,6 +2,7 @@
 
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
+#include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/canonical_sum.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 
@@ -10,6 +11,7 @@ namespace {
 
 constexpr char kOp[] = "Combine";
 constexpr int kThreads = 128;
+constexpr int64_t kFewTokens = 512;
 static_assert(sizeof(ExpertId) == sizeof(uint32_t), "experts are read as their numbers");
 static_assert(kCombineMaxTopK == kCanonicalSumMaxTopK);
 
@@ -78,13 +80,12 @@ absl::Status Validate(const CombineParams& p) {
 }
 
 ExpertRows ToExpertRows(const CombineParams& p) {
-  return {p.top_k,
-          static_cast<uint32_t>(p.experts_per_group),
-          reinterpret_cast<const uint32_t*>(p.experts),
-          p.weights,
-          reinterpret_cast<const uint16_t*>(p.buffer),
-          p.row_index,
-          reinterpret_cast<const uint16_t* const*>(p.rows)};
+  return {p.top_k, static_cast<uint32_t>(p.experts_per_group),
+          reinterpret_cast<const uint32_t*>(p.experts), p.weights,
+          reinterpret_cast<const uint16_t*>(p.buffer), p.row_index,
+          reinterpret_cast<const uint16_t* const*>(p.rows),
+          // Nobody reads the rows again. (A long stream of them is faster without the hint.)
+          p.m <= kFewTokens ? kEvictFirst : kEvictNormal};
 }
 
 bool Aligned(const CombineParams& p) {
