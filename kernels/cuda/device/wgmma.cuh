@@ -42,6 +42,7 @@ __device__ __forceinline__ T* Kept(T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
 }
+// The same for a number.
 __device__ __forceinline__ uint32_t Kept(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
