@@ -11,7 +11,6 @@ namespace {
 
 constexpr char kOp[] = "Combine";
 constexpr int kThreads = 128;
-constexpr int64_t kFewTokens = 256;
 static_assert(sizeof(ExpertId) == sizeof(uint32_t), "experts are read as their numbers");
 static_assert(kCombineMaxTopK == kCanonicalSumMaxTopK);
 
@@ -79,13 +78,21 @@ absl::Status Validate(const CombineParams& p) {
   return absl::OkStatus();
 }
 
+// Of L2, for rows that nobody reads again. Times chose it (docs/kernels-cuda.md): a row or two take
+// no room worth keeping, and a long stream of rows is a little slower with the hint.
+uint64_t RowsPolicy(int64_t tokens) {
+  return tokens >= 4 && tokens <= 256 ? kEvictFirst : kEvictNormal;
+}
+
 ExpertRows ToExpertRows(const CombineParams& p) {
-  return {p.top_k, static_cast<uint32_t>(p.experts_per_group),
-          reinterpret_cast<const uint32_t*>(p.experts), p.weights,
-          reinterpret_cast<const uint16_t*>(p.buffer), p.row_index,
+  return {p.top_k,
+          static_cast<uint32_t>(p.experts_per_group),
+          reinterpret_cast<const uint32_t*>(p.experts),
+          p.weights,
+          reinterpret_cast<const uint16_t*>(p.buffer),
+          p.row_index,
           reinterpret_cast<const uint16_t* const*>(p.rows),
-          // Nobody reads the rows again. (A long stream of them is a little slower with the hint.)
-          p.m <= kFewTokens ? kEvictFirst : kEvictNormal};
+          RowsPolicy(p.m)};
 }
 
 bool Aligned(const CombineParams& p) {
