@@ -109,19 +109,18 @@ absl::Status LaunchStream(const Bf16LinearParams& p, int segments, cudaStream_t 
   return Launch("Bf16Linear", Bf16LinearStream<T>, launch, stream, weights, tokens, out, shape);
 }
 
-template <int kTokens>
-absl::Status LaunchResident(const Bf16LinearParams& p, int segments, cudaStream_t stream) {
-  using T = ResidentTile<kTokens>;
+template <int kTokens, int kSegments>
+absl::Status LaunchResident(const Bf16LinearParams& p, cudaStream_t stream) {
+  using T = ResidentTile<kTokens, kSegments>;
   ResidentShape shape;
   shape.m_tiles = Tiles(p.m, kTokens);
   shape.k_blocks = Tiles(p.k, kBlock);
-  for (shape.log_segments = 0; 1 << shape.log_segments < segments;) ++shape.log_segments;
   shape.out = OutputOf(p, false);
   ASSIGN_OR_RETURN(const CUtensorMap weights, WeightsMap(p, T::kRows));
   ASSIGN_OR_RETURN(const CUtensorMap tokens, TokensMap(p, kTokens));
   LaunchShape launch;
-  launch.grid = dim3(static_cast<unsigned>(Tiles(p.n, T::kRows) * shape.m_tiles * segments));
-  launch.cluster = dim3(static_cast<unsigned>(segments));
+  launch.grid = dim3(static_cast<unsigned>(Tiles(p.n, T::kRows) * shape.m_tiles * kSegments));
+  launch.cluster = dim3(kSegments);
   launch.threads = T::kThreads + 32;
   launch.shared_bytes = T::kBytes;
   launch.overlaps = true;
@@ -149,17 +148,24 @@ absl::Status LaunchStreamFor(const Bf16LinearParams& p, int segments, cudaStream
 // Whether segments fit into shared memory, and tiles into about two rounds of the multiprocessors:
 // beyond, larger tiles are faster.
 bool IsResident(const Bf16LinearParams& p, int segments) {
-  using T = ResidentTile<64>;
+  using T = ResidentTile<64, 1>;
   constexpr int64_t kMostCtas = 256;
   const int64_t tiles = int64_t{Tiles(p.n, T::kRows)} * Tiles(p.m, T::kTokens);
   return p.heads == 1 && !p.weight_transposed && tiles * segments <= kMostCtas &&
          Tiles(Tiles(p.k, kBlock), segments) <= T::kMostBlocks;
 }
+template <int kSegments>
+absl::Status LaunchResidentIn(const Bf16LinearParams& p, cudaStream_t stream) {
+  if (p.m <= 8) return LaunchResident<8, kSegments>(p, stream);
+  if (p.m <= 16) return LaunchResident<16, kSegments>(p, stream);
+  if (p.m <= 32) return LaunchResident<32, kSegments>(p, stream);
+  return LaunchResident<64, kSegments>(p, stream);
+}
 absl::Status LaunchResidentFor(const Bf16LinearParams& p, int segments, cudaStream_t stream) {
-  if (p.m <= 8) return LaunchResident<8>(p, segments, stream);
-  if (p.m <= 16) return LaunchResident<16>(p, segments, stream);
-  if (p.m <= 32) return LaunchResident<32>(p, segments, stream);
-  return LaunchResident<64>(p, segments, stream);
+  if (segments == 1) return LaunchResidentIn<1>(p, stream);
+  if (segments == 2) return LaunchResidentIn<2>(p, stream);
+  if (segments == 4) return LaunchResidentIn<4>(p, stream);
+  return LaunchResidentIn<8>(p, stream);
 }
 
 absl::Status Validate(const Bf16LinearParams& p) {

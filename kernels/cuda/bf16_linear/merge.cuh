@@ -92,88 +92,107 @@ __device__ __forceinline__ void MergeSegments(const Output& out, const float* ex
 
 inline constexpr int kMostSegments = 8;
 
-// Sending. A unit is four neighbouring accumulators of a thread; unit 128 j + thread holds its j-th
-// four. CTA `segment` of 2^log_segments adds the units of its share, equal parts in their order,
-// which all CTAs send to received[segment of the sender][unit of the share].
-template <int kTokens>
+// Sending. A unit is four neighbouring accumulators of a thread, for eight tokens of a warp. The
+// CTA of a segment adds the units of its share, equal parts in their order, which all CTAs send to
+// received[segment of the sender][unit of the share]. What a thread needs to send and to add is an
+// object made before the sums are there: made when they are, its addresses take hundreds of cycles.
+template <int kTokens, int kSegments>
 struct Shares {
   static constexpr int kUnits = 16 * kTokens;
+  static constexpr int kSize = kUnits / kSegments;
   static constexpr int kBytes = 16 * kUnits;  // that a CTA receives
-  int log_segments;
+  static constexpr int kEights = kTokens / 8;
 
-  __device__ __forceinline__ int LogSize() const {
-    static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64, "a power of 2");
-    constexpr int kLogUnits = kTokens == 8 ? 7 : kTokens == 16 ? 8 : kTokens == 32 ? 9 : 10;
-    return kLogUnits - log_segments;
+  // The units of 128 threads follow each other, every warp's turned by two more eights: all CTAs
+  // send at once, and not all to the same one.
+  static __device__ __forceinline__ int Unit(int eight, int thread) {
+    return (eight + 2 * (thread / 32)) % kEights * 128 + thread;
   }
-  __device__ __forceinline__ int Size() const { return 1 << LogSize(); }
+  static __device__ __forceinline__ int EightOf(int unit) {
+    return (unit / 128 + 8 * kEights - 2 * (unit % 128 / 32)) % kEights;
+  }
 };
 
 // A warpgroup of each CTA takes part. `arrived` expects kBytes; `received` is free in all CTAs.
-template <int kTokens>
-__device__ __forceinline__ void SendShares(const Shares<kTokens>& shares, const float4* received,
-                                           const uint64_t* arrived, int segment,
-                                           const float (&sums)[kTokens / 2]) {
-  const uint32_t to = SharedAddress(received), barrier = SharedAddress(arrived);
+template <int kTokens, int kSegments>
+class SharesToSend {
+ public:
+  __device__ __forceinline__ SharesToSend(const float4* received, const uint64_t* arrived,
+                                          int segment) {
+    using S = Shares<kTokens, kSegments>;
 #pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    const int unit = 128 * j + static_cast<int>(threadIdx.x);
-    const auto owner = static_cast<uint32_t>(unit >> shares.LogSize());
-    const int place = segment * shares.Size() + (unit & (shares.Size() - 1));
-    const float four[4] = {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]};
-    StoreAsync(ClusterAddress(to + place * 16, owner), four, ClusterAddress(barrier, owner));
+    for (int j = 0; j < S::kEights; ++j) {
+      const int unit = S::Unit(j, static_cast<int>(threadIdx.x));
+      const auto owner = static_cast<uint32_t>(unit / S::kSize);
+      const float4* const place = received + segment * S::kSize + unit % S::kSize;
+      to_[j] = Kept(ClusterAddress(SharedAddress(place), owner));
+      barrier_[j] = Kept(ClusterAddress(SharedAddress(arrived), owner));
+    }
   }
-}
+  __device__ __forceinline__ void Send(const float (&sums)[kTokens / 2]) const {
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const float four[4] = {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]};
+      StoreAsync(to_[j], four, barrier_[j]);
+    }
+  }
 
-// Where in the output the sums of a unit go: elements, or less than zero for none.
-struct UnitPlaces {
-  int64_t at[4];
+ private:
+  uint32_t to_[kTokens / 8], barrier_[kTokens / 8];
 };
-__device__ __forceinline__ UnitPlaces PlacesOfUnit(const Output& out, int unit, int row_of_tile,
-                                                   int token_of_tile) {
-  const int thread = unit % 128;
-  UnitPlaces places;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int row = row_of_tile + thread / 32 * 16 + thread % 32 / 4 + 8 * (c / 2);
-    const int token = token_of_tile + unit / 128 * 8 + 2 * (thread % 4) + c % 2;
-    places.at[c] = row < out.n && token < out.m ? token * out.stride + row : -1;
-  }
-  return places;
-}
 
-// Waits for a share and adds it, element by element the sums of all segments, ascending.
-template <int kTokens>
-__device__ __forceinline__ void AddShares(const Shares<kTokens>& shares, const Output& out,
-                                          const float4* received, uint64_t* arrived, int segment,
-                                          int row_of_tile, int token_of_tile) {
-  const int share = shares.Size(), segments = 1 << shares.log_segments;
-  int i = static_cast<int>(threadIdx.x);
-  UnitPlaces places = PlacesOfUnit(out, segment * share + i, row_of_tile, token_of_tile);
-  BarrierWaitForCluster(arrived, 0);
-  while (i < share) {
-    // All loads on their way before the first is added.
-    float4 parts[kMostSegments];
+template <int kTokens, int kSegments>
+class ShareToAdd {
+ public:
+  __device__ __forceinline__ ShareToAdd(const Output& out, const float4* received, int segment,
+                                        int row_of_tile, int token_of_tile)
+      : received_(received + threadIdx.x) {
 #pragma unroll
-    for (int s = 0; s < kMostSegments; ++s)
-      if (s < segments) parts[s] = received[s * share + i];
-    float4 sum = parts[0];
+    for (int round = 0; round < kRounds; ++round) {
+      const int unit = segment * S::kSize + round * 128 + static_cast<int>(threadIdx.x);
+      const int thread = unit % 128;
 #pragma unroll
-    for (int s = 1; s < kMostSegments; ++s)
-      if (s < segments) Add(sum, parts[s]);
-    const float four[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (places.at[c] < 0) continue;
-      if (out.f32) {
-        static_cast<float*>(out.data)[places.at[c]] = four[c];
-      } else {
-        static_cast<uint16_t*>(out.data)[places.at[c]] = RoundToBf16(four[c]);
+      for (int c = 0; c < 4; ++c) {
+        const int row = row_of_tile + thread / 32 * 16 + thread % 32 / 4 + 8 * (c / 2);
+        const int token = token_of_tile + S::EightOf(unit) * 8 + 2 * (thread % 4) + c % 2;
+        const int64_t at = (token * out.stride + row) * (out.f32 ? 4 : 2);
+        uint8_t* const data = static_cast<uint8_t*>(out.data) + at;
+        to_[round][c] = Kept(row < out.n && token < out.m ? data : nullptr);
       }
     }
-    i += 128;
-    places = PlacesOfUnit(out, segment * share + i, row_of_tile, token_of_tile);
   }
-}
+  // Waits for the share and stores it, element by element the sum of all segments, ascending.
+  __device__ __forceinline__ void Add(uint64_t* arrived, bool f32) const {
+    BarrierWaitForCluster(arrived, 0);
+    if (S::kSize < 128 && threadIdx.x >= S::kSize) return;
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      // All loads on their way before the first is added.
+      float4 parts[kSegments];
+#pragma unroll
+      for (int s = 0; s < kSegments; ++s) parts[s] = received_[s * S::kSize + round * 128];
+      float4 sum = parts[0];
+#pragma unroll
+      for (int s = 1; s < kSegments; ++s) cuda::Add(sum, parts[s]);
+      const float four[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (to_[round][c] == nullptr) continue;
+        if (f32) {
+          *reinterpret_cast<float*>(to_[round][c]) = four[c];
+        } else {
+          *reinterpret_cast<uint16_t*>(to_[round][c]) = RoundToBf16(four[c]);
+        }
+      }
+    }
+  }
+
+ private:
+  using S = Shares<kTokens, kSegments>;
+  static constexpr int kRounds = (S::kSize + 127) / 128;
+
+  const float4* received_;
+  uint8_t* to_[kRounds][4];  // where the sums of a unit go; nullptr: nowhere
+};
 
 }  // namespace moebius::kernels::cuda

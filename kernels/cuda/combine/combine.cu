@@ -2,6 +2,7 @@
 
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
+#include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/canonical_sum.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 
@@ -77,6 +78,12 @@ absl::Status Validate(const CombineParams& p) {
   return absl::OkStatus();
 }
 
+// Of L2, for rows that nobody reads again. Times chose it (docs/kernels-cuda.md): a row or two take
+// no room worth keeping, and a long stream of rows is a little slower with the hint.
+uint64_t RowsPolicy(int64_t tokens) {
+  return tokens >= 4 && tokens <= 256 ? kEvictFirst : kEvictNormal;
+}
+
 ExpertRows ToExpertRows(const CombineParams& p) {
   return {p.top_k,
           static_cast<uint32_t>(p.experts_per_group),
@@ -84,7 +91,8 @@ ExpertRows ToExpertRows(const CombineParams& p) {
           p.weights,
           reinterpret_cast<const uint16_t*>(p.buffer),
           p.row_index,
-          reinterpret_cast<const uint16_t* const*>(p.rows)};
+          reinterpret_cast<const uint16_t* const*>(p.rows),
+          RowsPolicy(p.m)};
 }
 
 bool Aligned(const CombineParams& p) {

@@ -21,6 +21,7 @@ struct ExpertRows {
   const uint16_t* buffer;   // with row_index [m, top_k], or ..
   const int32_t* row_index;
   const uint16_t* const* rows;  // .. [m, top_k] pointers
+  uint64_t policy;              // of L2, for the rows
 };
 
 inline constexpr int kCanonicalRowsInFlight = 8;
@@ -64,14 +65,14 @@ __device__ __forceinline__ RowVector CanonicalSum(const ExpertRows& in, int64_t 
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         const int64_t row = __shfl_sync(kAllLanes, my_row, j);
-        x[j] = LoadVector<kAligned>(in.buffer + row * dim, from, end);
+        x[j] = LoadVector<kAligned>(in.buffer + row * dim, from, end, in.policy);
       }
     } else {
       const auto my_row = reinterpret_cast<unsigned long long>(in.rows[mine]);
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         const unsigned long long row = __shfl_sync(kAllLanes, my_row, j);
-        x[j] = LoadVector<kAligned>(reinterpret_cast<const uint16_t*>(row), from, end);
+        x[j] = LoadVector<kAligned>(reinterpret_cast<const uint16_t*>(row), from, end, in.policy);
       }
     }
     loads_issued();

@@ -43,6 +43,23 @@ __device__ __forceinline__ RowVector LoadVector(const uint16_t* row, int at, int
   return v;
 }
 
+// LoadVector with a policy of L2 (kernels/cuda/device/barrier.cuh).
+template <bool kAligned>
+__device__ __forceinline__ RowVector LoadVector(const uint16_t* row, int at, int dim,
+                                                uint64_t policy) {
+  if constexpr (kAligned) {
+    RowVector v;
+    if (at < dim) {
+      asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                   : "=r"(v.pair[0]), "=r"(v.pair[1]), "=r"(v.pair[2]), "=r"(v.pair[3])
+                   : "l"(row + at), "l"(policy));
+    }
+    return v;
+  } else {
+    return LoadVector<kAligned>(row, at, dim);
+  }
+}
+
 template <bool kAligned>
 __device__ __forceinline__ void StoreVector(const RowVector& v, uint16_t* row, int at, int dim) {
   if constexpr (kAligned) {

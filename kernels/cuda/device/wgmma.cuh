@@ -42,6 +42,11 @@ __device__ __forceinline__ T* Kept(T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
 }
+// The same for a number.
+__device__ __forceinline__ uint32_t Kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // Descriptor of a K-major operand in 128-byte swizzled rows; `address` is a shared-memory address
 // (inside the first 8-row group of a 1024-aligned tile; a K offset of a multiple of 32 bytes

@@ -22,26 +22,40 @@ struct alignas(16) GroupsMemory {
   uint32_t keys[kMostGroups][32];  // choice values' ordered bits; 0: no expert
   float scores[kMostGroups][32];
   uint32_t group_keys[kMostGroups];
-  // The top_k best of each kept group, groups ascending, best first; 0: none.
+  // The top_k best of each kept group, in ascending expert; 0: none.
   uint32_t candidates[32];
   uint32_t candidate_ids[32];
   float candidate_scores[32];
   Chosen chosen;
 };
 
-// How many of 32 keys come before the one at `place`, which is `key`: larger ones, and equal ones
-// before its place.
-__device__ __forceinline__ int CountAhead(const uint32_t (&keys)[32], uint32_t key, int place) {
-  int ahead = 0;
+// count -= a > b, by the borrow of b - a.
+__device__ __forceinline__ void SubtractIfLarger(int& count, uint32_t a, uint32_t b) {
+  asm("{\n.reg .u32 difference;\n"
+      "sub.cc.u32 difference, %1, %2;\n"
+      "subc.u32 %0, %0, 0;\n}"
+      : "+r"(count)
+      : "r"(b), "r"(a));
+}
+
+// How many of kCount keys come before the one that a lane holds, keys[lane % kCount]: larger ones,
+// and equal ones of lower lanes (of no meaning from lane kCount on). By the whole warp.
+template <int kCount>
+__device__ __forceinline__ int CountAhead(const uint32_t (&keys)[kCount], uint32_t key, int lane) {
+  int larger[4] = {};  // negative, and four, so that an addition does not wait for the one before
 #pragma unroll
-  for (int i = 0; i < 32; i += 4) {
+  for (int i = 0; i < kCount; i += 4) {
     const uint4 four = *reinterpret_cast<const uint4*>(&keys[i]);
-    ahead += four.x > key - (i < place);
-    ahead += four.y > key - (i + 1 < place);
-    ahead += four.z > key - (i + 2 < place);
-    ahead += four.w > key - (i + 3 < place);
+    SubtractIfLarger(larger[0], four.x, key);
+    SubtractIfLarger(larger[1], four.y, key);
+    SubtractIfLarger(larger[2], four.z, key);
+    SubtractIfLarger(larger[3], four.w, key);
   }
-  return ahead;
+  const int ahead = -(larger[0] + larger[1] + (larger[2] + larger[3]));
+  // Without equal keys these are 0 .. kCount - 1. The search for equal ones takes a while.
+  constexpr int kSumOfAll = 32 / kCount * kCount * (kCount - 1) / 2;
+  if (__reduce_add_sync(kAllLanes, ahead) == kSumOfAll) return ahead;
+  return ahead + __popc(__match_any_sync(kAllLanes, key) & ((1u << lane) - 1u));
 }
 
 // The sum of the two best, or the best: ordered bits of `key` over the warp.
@@ -81,14 +95,15 @@ static __global__ void __launch_bounds__(32 * kMostGroups) SelectByGroups(const 
   __syncthreads();
 
   const int ahead = CountAhead(memory.keys[group], key, lane);
-  int better = 0;  // groups than group `lane`
-#pragma unroll
-  for (int g = 0; g < kMostGroups; ++g)
-    better += memory.group_keys[g] > memory.group_keys[lane % kMostGroups] - (g < lane);
+  const int better = CountAhead(memory.group_keys, memory.group_keys[lane % kMostGroups], lane);
   const uint32_t kept = __ballot_sync(kAllLanes, lane < gate.groups && better < gate.kept_groups);
   const bool is_kept = (kept >> group) & 1u;
-  if (is_kept && exists && ahead < gate.top_k) {
-    const int at = __popc(kept & ((1u << group) - 1u)) * gate.top_k + ahead;
+  const uint32_t lower_lanes = (1u << lane) - 1u;
+  const bool is_candidate = is_kept && exists && ahead < gate.top_k;
+  const uint32_t candidates = __ballot_sync(kAllLanes, is_candidate);
+  if (is_candidate) {
+    const int kept_before = __popc(kept & ((1u << group) - 1u));
+    const int at = kept_before * gate.top_k + __popc(candidates & lower_lanes);
     memory.candidates[at] = key;
     memory.candidate_ids[at] = static_cast<uint32_t>(expert);
     memory.candidate_scores[at] = score[0];
@@ -101,7 +116,8 @@ static __global__ void __launch_bounds__(32 * kMostGroups) SelectByGroups(const 
   if (group > 0) return;
 
   key = memory.candidates[lane];
-  const bool won = key > least && CountAhead(memory.candidates, key, lane) < gate.top_k;
+  const int before = CountAhead(memory.candidates, key, lane);
+  const bool won = key > least && before < gate.top_k;
   const uint32_t winners = __ballot_sync(kAllLanes, won);
   if (__popc(winners) < gate.top_k) {
     // Not enough above -infinity: others count too, in the order of their ids.
@@ -115,17 +131,10 @@ static __global__ void __launch_bounds__(32 * kMostGroups) SelectByGroups(const 
       scores[j] = owned ? memory.scores[e / gate.group_size][e % gate.group_size] : 0.0f;
     }
     ChooseOneByOne(gate, lane, keys, scores, memory.chosen);
-  } else {
-    // In ascending expert.
-    const uint32_t id = memory.candidate_ids[lane];
-    if (won) memory.candidates[__popc(winners & ((1u << lane) - 1u))] = id;
-    __syncwarp();
-    int slot = 0;
-    for (int i = 0; i < gate.top_k; ++i) slot += memory.candidates[i] < id;
-    if (won) {
-      memory.chosen.ids[slot] = id;
-      memory.chosen.scores[slot] = memory.candidate_scores[lane];
-    }
+  } else if (won) {
+    const int slot = __popc(winners & lower_lanes);
+    memory.chosen.ids[slot] = memory.candidate_ids[lane];
+    memory.chosen.scores[slot] = memory.candidate_scores[lane];
   }
   WriteChosen(gate, token, lane, memory.chosen);
 }

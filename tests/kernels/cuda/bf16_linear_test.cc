@@ -496,5 +496,28 @@ TEST_F(Bf16LinearTest, ArgumentsThatItCannotTakeAreRefusedByName) {
   expect_refused("out_bf16, out_f32", [](Bf16LinearParams& p) { p.out_bf16 = nullptr; });
 }
 
+// The kernel in front lets the next one start at once and reads late what that one overwrites.
+TEST_F(Bf16LinearTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
+  // Resident segments, eight and one. As a stream: both absorptions, segments that are fetched, one
+  // chain to outputs of both types.
+  for (const Form& form : {Form{.n = 256, .k = 7168, .f32 = true}, Form{.n = 192, .k = 64},
+                           QueryAbsorb(16), OutputAbsorb(16), Form{.n = 7168, .k = 1024},
+                           Form{.n = 16'448, .k = 128, .f32 = true}, Form{.n = 16'450, .k = 72}}) {
+    const Product product(form, 16);
+    for (const int64_t m : {1, 64, 128}) {
+      const DeviceBuffer<Bf16> x(product.RandomRows(m, 17));
+      DeviceBuffer<uint8_t> out(static_cast<size_t>(m * form.OutStride() * (form.f32 ? 4 : 2)));
+      const Bf16LinearParams params = product.Params(m, x.get(), out.get());
+      ASSERT_STATUS_OK(LaunchBf16Linear(params, nullptr));  // a first launch may wait for others
+      const uint64_t expected = HashOf(out.Download());
+      out.Poison();
+      const LateReader reader(out.get(), out.count());
+      ASSERT_STATUS_OK(LaunchBf16Linear(params, nullptr));
+      EXPECT_TRUE(reader.FoundItAsItWas()) << form.n << " x " << form.k << ", m = " << m;
+      EXPECT_EQ(HashOf(out.Download()), expected) << form.n << " x " << form.k << ", m = " << m;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda

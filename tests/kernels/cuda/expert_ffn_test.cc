@@ -496,5 +496,28 @@ TEST_F(ExpertFfnTest, WhatItCannotTakeIsRefusedByName) {
       << missing.message();
 }
 
+// The kernel in front lets the next one start at once and reads late what that one overwrites.
+TEST_F(ExpertFfnTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
+  const Experts experts(4, 1024, 384, 18);
+  constexpr int64_t kRows = 151;
+  const Sources sources(kRows, 1024, 19);
+  const ExpertWorkspace workspace = WorkspaceFor(experts, kRows);
+  Call call(experts, sources, {16, 1, 4, 130}, RandomIndex(kRows, kRows, 20), kRows, workspace);
+  const DeviceBuffer<Bf16> out(call.out_size);
+  call.params.out = out.get();
+  ASSERT_STATUS_OK(LaunchExpertFfn(call.params, nullptr));  // a first launch may wait for others
+  const uint64_t expected = HashOf(out.Download());
+  const auto run_behind_reader = [&](void* memory, size_t bytes, const char* what) {
+    ExpectCudaOk(cudaMemset(memory, 0xcd, bytes), what);
+    const LateReader reader(memory, bytes);
+    ASSERT_STATUS_OK(LaunchExpertFfn(call.params, nullptr));
+    EXPECT_TRUE(reader.FoundItAsItWas()) << what;
+    EXPECT_EQ(HashOf(out.Download()), expected) << what;
+  };
+  run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
+  run_behind_reader(workspace.codes(), static_cast<size_t>(kRows * workspace.intermediate()),
+                    "requantised rows");
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda

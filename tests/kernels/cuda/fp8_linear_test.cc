@@ -399,5 +399,33 @@ TEST_F(Fp8LinearTest, ShapesThatItCannotTakeAreRefusedByName) {
   expect_refused("out is null", [](Fp8LinearParams& p) { p.out = nullptr; });
 }
 
+// The kernel in front lets the next one start at once and reads late what that one overwrites.
+TEST_F(Fp8LinearTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
+  for (const int64_t n : {512, 4096, 4288}) {  // K in 8 segments, 2, 1
+    const Weight weight(n, 2048, 18);
+    for (const int64_t m : {1, 64, 1024}) {
+      const Rows rows = RandomRows(m, weight.k, 19);
+      const DeviceBuffer<E4m3> x(rows.codes);
+      const DeviceBuffer<float> x_scales(rows.scales);
+      DeviceBuffer<Bf16> out(static_cast<size_t>(m * n));
+      Fp8LinearParams params = Params(weight);
+      params.m = m;
+      params.x = x.get();
+      params.x_scales = x_scales.get();
+      params.out = out.get();
+      for (const bool resident : {false, true}) {
+        params.weights_resident = resident;
+        ASSERT_STATUS_OK(LaunchIt(params));  // a first launch may wait for others
+        const uint64_t expected = HashOf(out.Download());
+        out.Poison();
+        const LateReader reader(out.get(), out.count() * sizeof(Bf16));
+        ASSERT_STATUS_OK(LaunchIt(params));
+        EXPECT_TRUE(reader.FoundItAsItWas()) << "n = " << n << ", m = " << m;
+        EXPECT_EQ(HashOf(out.Download()), expected) << "n = " << n << ", m = " << m;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda

@@ -448,5 +448,30 @@ TEST_F(MlaAttentionTest, ArgumentsThatItCannotTakeAreRefusedByName) {
   expect("q is null");
 }
 
+// The kernel in front lets the next one start at once and reads late what that one overwrites.
+TEST_F(MlaAttentionTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
+  for (const int64_t heads : {16, 128}) {
+    Cache cache({3000, 70, 1500}, 9, 14);
+    cache.Upload();
+    Call call(cache, {{2999, 0}, {69, 1}, {1499, 2}}, heads, RandomQueries(3, heads, 15));
+    const DeviceBuffer<Bf16> out(call.out_size);
+    const DeviceBuffer<uint8_t> workspace(static_cast<size_t>(call.params.workspace_bytes));
+    call.params.out = out.get();
+    call.params.workspace = workspace.get();
+    ASSERT_STATUS_OK(
+        LaunchMlaAttention(call.params, nullptr));  // a first launch may wait for others
+    const uint64_t expected = HashOf(out.Download());
+    const auto run_behind_reader = [&](void* memory, size_t bytes, const char* what) {
+      ExpectCudaOk(cudaMemset(memory, 0xcd, bytes), what);
+      const LateReader reader(memory, bytes);
+      ASSERT_STATUS_OK(LaunchMlaAttention(call.params, nullptr));
+      EXPECT_TRUE(reader.FoundItAsItWas()) << heads << " heads, " << what;
+      EXPECT_EQ(HashOf(out.Download()), expected) << heads << " heads, " << what;
+    };
+    run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
+    run_behind_reader(workspace.get(), workspace.count(), "workspace");
+  }
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda

@@ -27,4 +27,11 @@ LateInput::LateInput(void* input, size_t bytes) : contents_(bytes) {
   LaunchSlowCopy(input, contents_.get(), bytes, nullptr);
 }
 
+LateReader::LateReader(const void* memory, size_t bytes) : before_(bytes), found_(bytes) {
+  ExpectCudaOk(cudaMemcpy(before_.get(), memory, bytes, cudaMemcpyDeviceToDevice), "memory");
+  ExpectCudaOk(cudaDeviceSynchronize(), "memory");
+  LaunchSlowCopy(found_.get(), memory, bytes, nullptr);
+}
+bool LateReader::FoundItAsItWas() const { return before_.Download() == found_.Download(); }
+
 }  // namespace moebius::kernels::cuda

@@ -1,7 +1,7 @@
 #pragma once
 
 // A kernel that stands in front of another: it lets that one start as early as it may, and writes
-// late.
+// or reads late what that one reads or writes.
 
 #include <cuda_runtime.h>
 
@@ -23,6 +23,18 @@ class LateInput {
 
  private:
   DeviceBuffer<uint8_t> contents_;
+};
+
+// Has memory read late, by a kernel in front of what is launched next, on the default stream: what
+// that overwrites may not change before.
+class LateReader {
+ public:
+  LateReader(const void* memory, size_t bytes);
+  // Whether the late kernel found what the memory held at construction. Waits for it.
+  bool FoundItAsItWas() const;
+
+ private:
+  DeviceBuffer<uint8_t> before_, found_;
 };
 
 }  // namespace moebius::kernels::cuda
