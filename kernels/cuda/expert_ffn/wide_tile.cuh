@@ -232,11 +232,7 @@ __device__ __forceinline__ void ComputeWideTile(const FfnArgs& args, FfnShared& 
   }
   SwiGluInPlace(first, second);
   RequantiseWarpRows(args, tile, first, turn);
-  NamedBarrier(kGroupBarrier + group, 128);
-  if (ThreadRead() % 128 == 0) {
-    __threadfence();  // the warpgroup's stores, which the barrier ordered before this
-    atomicAdd(args.counters + kCounterTiles + tile.row_tile, 1);
-  }
+  if (ThreadRead() % 32 == 0) BarrierArrive(&shared.stored);  // RequantiseWarpRows ends together
 }
 
 }  // namespace moebius::kernels::cuda
