@@ -120,12 +120,14 @@ struct TileList {
         high = middle;
       }
     }
-    const int own_tiles = row_tiles[low + 1] - row_tiles[low];
-    int within = ticket - row_tiles[low] * columns;
-    const int band = within / (kBandTiles * columns);
-    within -= band * kBandTiles * columns;
-    const int width = min(kBandTiles, own_tiles - band * kBandTiles);
-    const int row_tile = band * kBandTiles + within % width;
+    int width = row_tiles[low + 1] - row_tiles[low];
+    int within = ticket - row_tiles[low] * columns, row_tile = 0;
+    if (width > kBandTiles) {
+      row_tile = within / (kBandTiles * columns) * kBandTiles;
+      within -= row_tile * columns;
+      width = min(kBandTiles, width - row_tile);
+    }
+    row_tile += within % width;
     tile.expert = low;
     column += within / width;
     tile.column = column * (tile.kind == TileKind::kDown ? 2 : 1) * kTileColumns;

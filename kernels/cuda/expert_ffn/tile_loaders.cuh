@@ -51,16 +51,17 @@ __device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shar
   }
 }
 
-// Until all columns of the tile's requantised rows are in device memory.
+// Whether all columns of the tile's requantised rows are in device memory.
+__device__ __forceinline__ bool RowsAreThere(const FfnArgs& args, const ExpertTile& tile) {
+  int finished;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
+               : "=r"(finished)
+               : "l"(args.counters + kCounterTiles + tile.row_tile)
+               : "memory");
+  return finished >= Blocks(args.intermediate);
+}
 __device__ __forceinline__ void WaitForRows(const FfnArgs& args, const ExpertTile& tile) {
-  const int32_t* const counter = args.counters + kCounterTiles + tile.row_tile;
-  const int columns = Blocks(args.intermediate);
-  for (;;) {
-    int finished;
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(finished) : "l"(counter) : "memory");
-    if (finished >= columns) return;
-    __nanosleep(100);
-  }
+  while (!RowsAreThere(args, tile)) __nanosleep(100);
 }
 
 // Rows of a stage beyond the tile's are those of the next expert, or what was there: their products
@@ -169,10 +170,14 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
   TileReader reader;
   for (;;) {
     const ExpertTile& tile = reader.Peek(shared);
-    if (tile.kind != TileKind::kGateUp) CountStored(args, shared, reader.count() - 1);
-    if (tile.kind == TileKind::kStop) return;
     const bool down = tile.kind == TileKind::kDown;
-    if (down) WaitForRows(args, tile);
+    // What is waited for may be what this warp has not counted yet.
+    if (tile.kind == TileKind::kStop ||
+        (down && !__all_sync(0xffffffffu, RowsAreThere(args, tile)))) {
+      CountStored(args, shared, reader.count() - 1);
+      if (!down) return;
+      WaitForRows(args, tile);
+    }
     const int blocks = Blocks(down ? args.intermediate : args.hidden);
     const bool shares = shared.list.SharesRows(tile), keep = shares && tile.column == 0;
     const bool gathered = shares && !keep && IsGathered(args, tile, kGatheredScales);
@@ -245,10 +250,11 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
         to[32 * i] = __fmul_rn(of_row[i], first);
         to[32 * i + kTileRows] = __fmul_rn(of_row[i], second);
       }
-      // From block kStages on consumers have left the tile before this one. Before the last block
-      // is given to them at the latest: they must not store another tile before this one is
-      // counted.
-      if (block == min(kStages, blocks - 1)) CountStored(args, shared, reader.count() - 1);
+      // From block kStages on consumers have left the tile before this one. They are given the last
+      // block only afterwards, or they could store another tile before that one is counted. Before
+      // a tile of down others may wait for it: at once.
+      if (block == (down ? 0 : min(kStages, blocks - 1)))
+        CountStored(args, shared, reader.count() - 1);
       BarrierArrive(&shared.full[s]);
       cursor.Advance();
     }

@@ -68,6 +68,12 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
     if (copied) ProxyFence();
   };
 
+  const bool leads = ThreadRead() % 32 == 0;
+  const auto release = [&](int s) {
+    __syncwarp();
+    if (leads) BarrierArrive(&shared.empty[s]);
+  };
+
   BarrierWait(&shared.full[cursor.stage], cursor.parity);
   take_stage(cursor.stage);
   // Warpgroup 0 begins: if its first product met the other's second, both would add at the same
@@ -94,13 +100,15 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
     if (ready) take_stage(cursor.stage);
     WgmmaWait<0>();
     KeepRegisters(part);
+    const bool late = leads && (ready || !more);
     if (more && !ready) {
+      release(s);  // loads are behind: at once
       BarrierWait(&shared.full[cursor.stage], cursor.parity);
       take_stage(cursor.stage);
     }
     AddScaledRows(second, part, second_upper, second_lower);
     __syncwarp();
-    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.empty[s]);
+    if (late) BarrierArrive(&shared.empty[s]);
   }
 }
 
