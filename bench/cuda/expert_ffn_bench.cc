@@ -62,7 +62,7 @@ Row Measure(const Experts& experts, const std::vector<int64_t>& counts, bool wit
   const DeviceArray<float> x_scales = RandomScales(rows * kHidden / 128, 98, 0.01f);
   const DeviceArray<Bf16> out(rows * kHidden);
   auto workspace =
-      ExpertWorkspace::Create(rows, kIntermediate, static_cast<int64_t>(counts.size()));
+      ExpertWorkspace::Create(rows, kHidden, kIntermediate, static_cast<int64_t>(counts.size()));
   CheckOk(workspace.status());
   GroupedFfnParams params;
   params.table = experts.table.get();

@@ -27,6 +27,11 @@ __device__ __forceinline__ void StoresCommit() {
 __device__ __forceinline__ void StoresHaveRead() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// StoresHaveRead for all but the last kPending commits.
+template <int kPending>
+__device__ __forceinline__ void StoresHaveReadBut() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 __device__ __forceinline__ void StoresDone() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

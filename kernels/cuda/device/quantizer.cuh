@@ -81,6 +81,29 @@ __device__ __forceinline__ uint2 CodesOfVector(const RowVector& x, const BlockSc
   return make_uint2(half[0], half[1]);
 }
 
+// |x| as bits from here on is an infinity or a NaN.
+inline constexpr uint32_t kNotFinite = 0x7f80u;
+
+// ScaleOfBlock and CodesOfVector of blocks below kNotFinite, without a branch: the divisions as the
+// compiler makes them, without its test for operands that no finite block leads to.
+__device__ __forceinline__ BlockScale ScaleOfFinite(uint32_t largest, bool power_of_two) {
+  constexpr float kReciprocal = 1.0f / 448.0f;
+  const float x = fmaxf(__uint_as_float(largest << 16), 1e-4f);
+  float scale = __fmul_rn(x, kReciprocal);
+  scale = __fmaf_rn(__fmaf_rn(-scale, 448.0f, x), kReciprocal, scale);
+  if (power_of_two) scale = __uint_as_float((__float_as_uint(scale) + 0x007fffffu) & 0x7f800000u);
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
+  return {scale, __fmaf_rn(__fmaf_rn(-scale, reciprocal, 1.0f), reciprocal, reciprocal)};
+}
+__device__ __forceinline__ uint2 CodesOfFinite(const RowVector& x, const BlockScale& s) {
+  uint32_t pair[kVectorElements / 2];
+#pragma unroll
+  for (int i = 0; i < kVectorElements / 2; ++i)
+    pair[i] = ToE4m3Pair(DivideByScale(x.At(2 * i), s), DivideByScale(x.At(2 * i + 1), s));
+  return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+}
+
 // Stores codes [at, at + 8) of a row of `dim`. kAligned: 8-byte accesses.
 template <bool kAligned>
 __device__ __forceinline__ void StoreCodes(uint2 codes, uint8_t* row, int at, int dim) {

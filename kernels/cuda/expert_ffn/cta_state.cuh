@@ -17,7 +17,8 @@
 namespace moebius::kernels::cuda {
 
 struct FfnArgs {
-  CUtensorMap inner_rows;  // of inner_codes, boxes of kBoxRows rows and kTileK codes
+  CUtensorMap inner_rows;     // of inner_codes, boxes of kBoxRows rows and kTileK codes
+  CUtensorMap gathered_rows;  // of the workspace's gathered codes, boxes of kHalfRows rows
   const ExpertEntry* experts;
   int num_experts;
   const int32_t* row_offsets;
@@ -28,14 +29,18 @@ struct FfnArgs {
   const int32_t* row_index;
   uint8_t* inner_codes;
   float* inner_scales;
+  float* gathered_scales;
+  int32_t* gathered;
   int32_t* counters;
   uint16_t* out;
   bool power_of_two_scales;
   bool with_down;
 };
 
+inline constexpr int kRowWarps = 2;
 inline constexpr int kWeightBytes = 2 * kTileColumns * kTileK;
 inline constexpr int kBoxRows = 16;
+inline constexpr int kHalfRows = kTileRows / kRowWarps;  // of a warp, where rows are shared
 inline constexpr int kRowBytes = kTileRows * kTileK;
 inline constexpr int kStageBytes = kWeightBytes + kRowBytes;
 inline constexpr int kStageScales =
@@ -45,7 +50,6 @@ inline constexpr int kScalesAhead =
     8;  // blocks whose scales are on their way before they are multiplied
 inline constexpr int kTileEntries = 4;  // tiles announced and not yet taken up by everybody
 inline constexpr int kThreads = kConsumers + 128;
-inline constexpr int kRowWarps = 2;
 // Of a thread; the CTA starts with 168 each and can only share out those.
 inline constexpr int kConsumerRegisters = 232, kLoaderRegisters = 40;
 static_assert(kConsumers * kConsumerRegisters + 128 * kLoaderRegisters <= kThreads * 168,
@@ -58,11 +62,13 @@ struct FfnShared {
   alignas(1024) uint8_t stages[kStages][kStageBytes];  // weights, then rows; 128-byte swizzled
   alignas(16) uint8_t turn[kTurnBytes];
   alignas(16) float scales[kStages][kStageScales];
-  float raw_scales[kScalesAhead][kTileRows + 2];  // of rows; of the two weight blocks
+  alignas(16) float raw_scales[kScalesAhead][kTileRows + 4];  // of rows; of the two weight blocks
   uint64_t full[kStages], empty[kStages];
   uint64_t announced[kTileEntries], taken[kTileEntries];
+  uint64_t stored;  // by each warp of consumers, when its part of a gate_up tile is in memory
   ExpertTile tiles[kTileEntries];
   TileList list;
+  int32_t uncounted;  // the tile of rows of what `stored` is for, or -1
   int32_t last;
 };
 static_assert(sizeof(FfnShared) <= 227 * 1024, "a CTA has 227 KB of shared memory");
@@ -114,6 +120,7 @@ class TileReader {
     if (ThreadRead() % 32 == 0) BarrierArrive(&shared.taken[count_ % kTileEntries]);
     ++count_;
   }
+  __device__ __forceinline__ uint32_t count() const { return count_; }  // tiles it is done with
 
  private:
   uint32_t count_ = 0;

@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__
       BarrierInit(&shared.announced[entry], 1);
       BarrierInit(&shared.taken[entry], kTileReaders);
     }
+    BarrierInit(&shared.stored, kConsumers / 32);
+    shared.uncounted = -1;
     BarrierInitFence();
   }
   LetNextKernelStart();
@@ -36,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__
   // The weight loader's first ticket, asked for now because the answer takes a while.
   int ticket = 0;
   if (ThreadRead() == kConsumers) ticket = atomicAdd(args.counters + kCounterTicket, 1);
-  shared.list.Build(args.row_offsets, args.num_experts, args.rows_max);  // with a barrier
+  shared.list.Build(args.row_offsets, args.num_experts, args.rows_max,
+                    Blocks(args.intermediate));  // with a barrier
 
   if (ThreadRead() >= kConsumers) {
     RegistersDown<kLoaderRegisters>();
@@ -45,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__
       if (ThreadRead() % 32 == 0) LoadWeights(args, shared, ticket);
       __syncwarp();
     } else if (warp <= kRowWarps) {
-      LoadRows(args, shared, warp - 1);
+      LoadRows(args, shared);
     } else {
       LoadScales(args, shared);
     }
@@ -67,6 +70,10 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__
   const int row_tiles = shared.list.row_tiles[args.num_experts];
 #pragma unroll 1
   for (int i = ThreadRead(); i < row_tiles; i += kThreads) args.counters[kCounterTiles + i] = 0;
+  if (shared.list.lead > 0) {
+#pragma unroll 1
+    for (int i = ThreadRead(); i < args.rows_max / kTileRows; i += kThreads) args.gathered[i] = 0;
+  }
   if (ThreadRead() == 0) args.counters[kCounterTicket] = args.counters[kCounterDone] = 0;
 }
 
@@ -82,6 +89,8 @@ absl::Status Validate(const GroupedFfnParams& p, bool with_down) {
   RETURN_IF_ERROR(CheckRange(kOp, "rows_max", p.rows_max, 0, p.workspace->rows_max()));
   RETURN_IF_ERROR(CheckRange(kOp, "workspace.intermediate", p.workspace->intermediate(),
                              p.table->intermediate(), p.table->intermediate()));
+  RETURN_IF_ERROR(CheckRange(kOp, "workspace.hidden", p.workspace->hidden(), p.table->hidden(),
+                             p.table->hidden()));
   RETURN_IF_ERROR(CheckPointer(kOp, "row_offsets", p.row_offsets, 4));
   RETURN_IF_ERROR(CheckPointer(kOp, "x_codes", p.x_codes, 16));
   RETURN_IF_ERROR(CheckPointer(kOp, "x_scales", p.x_scales, 4));
@@ -100,6 +109,12 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   map.box_rows = kBoxRows;
   map.box_cols = kTileK;
   ASSIGN_OR_RETURN(args.inner_rows, EncodeMatrixMap(map));
+  map.base = p.workspace->gathered_codes();
+  map.cols = map.row_stride_bytes = static_cast<uint64_t>(p.table->hidden());
+  map.box_rows = kHalfRows;
+  ASSIGN_OR_RETURN(args.gathered_rows, EncodeMatrixMap(map));
+  args.gathered_scales = p.workspace->gathered_scales();
+  args.gathered = p.workspace->gathered();
   args.experts = p.table->entries() + p.first_expert;
   args.num_experts = static_cast<int>(p.num_experts);
   args.row_offsets = p.row_offsets;

@@ -1,11 +1,17 @@
 #pragma once
 
 // The work of one launch as a list of tiles in a fixed order: gate_up tiles of all experts, then
-// down tiles of all experts; within an expert column tiles ascending, and for each the tiles of
-// rows, so that neighbours in the list share weights. CTAs draw tickets, positions in the list.
+// down tiles of all experts; within an expert kBandTiles tiles of rows at a time, for them column
+// tiles ascending, and for each column the tiles of rows, so that neighbours in the list share
+// weights. CTAs draw tickets, positions in the list.
 //
-// Why that cannot hang: a gate_up tile waits for nothing, a down tile only for gate_up tiles, and
-// those were drawn before it by CTAs that are running.
+// Where many rows are gathered, the tile of the first column does it for the other columns of its
+// rows (SharesRows). It comes early: the list begins with kLeadTiles tiles of first columns, and
+// from there on one comes before as many of other columns as a tile of rows has.
+//
+// Why that cannot hang: a gate_up tile waits for nothing (if its rows are not there yet it gathers
+// them itself), a down tile only for gate_up tiles, and those were drawn before it by CTAs that are
+// running.
 
 #include <cstdint>
 
@@ -36,20 +42,25 @@ struct ExpertTile {
 struct TileList {
   int32_t row_offsets[kMostExperts + 1];
   int32_t row_tiles[kMostExperts + 1];  // tiles of rows before each expert
+  int32_t lead;  // tiles of the first column that come first; 0: none, and no rows are shared
+
+  static constexpr int kBandTiles = 16, kLeadTiles = 64;
 
   // All threads of the CTA; the first warp scans. Offsets beyond rows_max are cut off.
-  __device__ __forceinline__ void Build(const int32_t* offsets, int experts, int rows_max) {
+  __device__ __forceinline__ void Build(const int32_t* offsets, int experts, int rows_max,
+                                        int gate_up_columns) {
 #pragma unroll 1
     for (int e = ThreadRead(); e <= experts; e += static_cast<int>(blockDim.x))
       row_offsets[e] = min(max(offsets[e], 0), rows_max);
     __syncthreads();
     if (const int lane = ThreadRead(); lane < 32) {
-      int before = 0;
+      int before = 0, shared_tiles = 0;
 #pragma unroll 1
       for (int base = 0; base < experts; base += 32) {
         const int e = base + lane;
         const int rows = e < experts ? max(row_offsets[e + 1] - row_offsets[e], 0) : 0;
         int sum = (rows + kTileRows - 1) / kTileRows;
+        if (rows >= kSharedRows) shared_tiles += rows / kTileRows;
         const int own = sum;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
@@ -59,7 +70,13 @@ struct TileList {
         if (e < experts) row_tiles[e] = before + sum - own;
         before += __shfl_sync(0xffffffffu, sum, 31);
       }
-      if (lane == 0) row_tiles[experts] = before;
+      shared_tiles = __reduce_add_sync(0xffffffffu, shared_tiles);
+      if (lane == 0) {
+        row_tiles[experts] = before;
+        // With less, most tiles would be drawn before the first have gathered anything.
+        const bool shares = shared_tiles * gate_up_columns >= 3 * static_cast<int>(gridDim.x);
+        lead = shares ? min(kLeadTiles, before) : 0;
+      }
     }
     __syncthreads();
   }
@@ -68,7 +85,7 @@ struct TileList {
                                              int down_columns) const {
     const int all_row_tiles = row_tiles[experts];
     ExpertTile tile = {TileKind::kStop, 0, 0, 0, 0, 0};
-    int columns = gate_up_columns;
+    int columns = gate_up_columns, column = 0;
     tile.kind = TileKind::kGateUp;
     if (ticket >= all_row_tiles * columns) {
       ticket -= all_row_tiles * columns;
@@ -77,6 +94,19 @@ struct TileList {
       if (ticket >= all_row_tiles * columns) {
         tile.kind = TileKind::kStop;
         return tile;
+      }
+    }
+    if (lead > 0 && tile.kind == TileKind::kGateUp) {
+      // Behind the lead, groups of `columns` tiles: one of the first column while there are any,
+      // the others of other columns.
+      const int behind = ticket - lead, group = behind / columns, later = all_row_tiles - lead;
+      if (behind >= 0 && (behind % columns != 0 || group >= later)) {
+        ticket = behind - min(group + 1, later);
+        --columns;
+        column = 1;
+      } else {
+        if (behind >= 0) ticket = lead + group;
+        columns = 1;
       }
     }
     // The last expert whose tiles begin at or before the ticket: empty ones before it share the
@@ -90,15 +120,27 @@ struct TileList {
         high = middle;
       }
     }
-    const int own_tiles = row_tiles[low + 1] - row_tiles[low];
-    const int within = ticket - row_tiles[low] * columns;
-    const int row_tile = within % own_tiles;
+    int width = row_tiles[low + 1] - row_tiles[low];
+    int within = ticket - row_tiles[low] * columns, row_tile = 0;
+    if (width > kBandTiles) {
+      row_tile = within / (kBandTiles * columns) * kBandTiles;
+      within -= row_tile * columns;
+      width = min(kBandTiles, width - row_tile);
+    }
+    row_tile += within % width;
     tile.expert = low;
-    tile.column = within / own_tiles * (tile.kind == TileKind::kDown ? 2 : 1) * kTileColumns;
+    column += within / width;
+    tile.column = column * (tile.kind == TileKind::kDown ? 2 : 1) * kTileColumns;
     tile.row = row_offsets[low] + row_tile * kTileRows;
     tile.rows = min(kTileRows, row_offsets[low + 1] - tile.row);
     tile.row_tile = row_tiles[low] + row_tile;
     return tile;
+  }
+
+  // Whether the tile's rows are gathered by the tile of the first column for all others.
+  __device__ __forceinline__ bool SharesRows(const ExpertTile& tile) const {
+    return lead > 0 && tile.kind == TileKind::kGateUp && tile.rows == kTileRows &&
+           row_offsets[tile.expert + 1] - row_offsets[tile.expert] >= kSharedRows;
   }
 };
 

@@ -7,23 +7,9 @@
 
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/expert_ffn/cta_state.cuh"
+#include "kernels/cuda/expert_ffn/shared_rows.cuh"
 
 namespace moebius::kernels::cuda {
-
-// Copies 16 bytes asynchronously, the first `bytes` from memory, zeros after them.
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void CopyFloatAsync(float* to, const float* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
-               : "memory");
-}
-// One arrival of this thread at `barrier` once its copies so far have landed.
-__device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
-               : "memory");
-}
 
 // One thread: draws tickets, announces tiles and keeps weights in flight, across tiles.
 __device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shared, int ticket) {
@@ -65,21 +51,17 @@ __device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shar
   }
 }
 
-// Until all columns of the tile's requantised rows are in device memory.
-__device__ __forceinline__ void WaitForRows(const FfnArgs& args, const ExpertTile& tile) {
-  const int32_t* const counter = args.counters + kCounterTiles + tile.row_tile;
-  const int columns = Blocks(args.intermediate) * kTileWarpgroups;
-  for (;;) {
-    int finished;
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(finished) : "l"(counter) : "memory");
-    if (finished >= columns) return;
-    __nanosleep(100);
-  }
+// Whether all columns of the tile's requantised rows are in device memory.
+__device__ __forceinline__ bool RowsAreThere(const FfnArgs& args, const ExpertTile& tile) {
+  int finished;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
+               : "=r"(finished)
+               : "l"(args.counters + kCounterTiles + tile.row_tile)
+               : "memory");
+  return finished >= Blocks(args.intermediate);
 }
-
-// The row that packed row `row` of a tile reads.
-__device__ __forceinline__ int SourceRow(const FfnArgs& args, bool down, int row) {
-  return down || args.row_index == nullptr ? row : args.row_index[row];
+__device__ __forceinline__ void WaitForRows(const FfnArgs& args, const ExpertTile& tile) {
+  while (!RowsAreThere(args, tile)) __nanosleep(100);
 }
 
 // Rows of a stage beyond the tile's are those of the next expert, or what was there: their products
@@ -116,21 +98,29 @@ __device__ __forceinline__ void LoadInnerRows(const FfnArgs& args, FfnShared& sh
   }
 }
 
-// Warp `part` of kRowWarps: gathers the codes of a gate_up tile's rows.
-__device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared, int part) {
+// One of kRowWarps warps: gathers the codes of a gate_up tile's rows.
+__device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared) {
   constexpr int kAtOnce = kRowWarps * 32 / 8;  // rows; 8 threads copy one
   StageCursor cursor;
   TileReader reader;
   for (;;) {
     const ExpertTile tile = reader.Next(shared);
     if (tile.kind == TileKind::kStop) return;
-    const int thread = part * 32 + ThreadRead() % 32;
-    const int chunk = thread % 8, row_of_thread = thread / 8;
-    const uint32_t place = kWeightBytes + row_of_thread * kTileK + (chunk ^ row_of_thread % 8) * 16;
     if (tile.kind == TileKind::kDown) {
-      LoadInnerRows(args, shared, cursor, tile, part);
+      LoadInnerRows(args, shared, cursor, tile, RowPart());
       continue;
     }
+    if (shared.list.SharesRows(tile)) {
+      if (tile.column != 0 && IsGathered(args, tile, RowPart())) {
+        LoadGatheredRows(args, shared, cursor, tile, RowPart());
+      } else {
+        GatherHalf(args, shared, cursor, tile, RowPart(), tile.column == 0);
+      }
+      continue;
+    }
+    const int thread = RowPart() * 32 + ThreadRead() % 32;
+    const int chunk = thread % 8, row_of_thread = thread / 8;
+    const uint32_t place = kWeightBytes + row_of_thread * kTileK + (chunk ^ row_of_thread % 8) * 16;
     const uint8_t* codes = args.x_codes + chunk * 16;
     const int copies = (tile.rows - row_of_thread + kAtOnce - 1) / kAtOnce;
     uint32_t offset[kTileRows / kAtOnce];  // in 16 bytes
@@ -158,6 +148,20 @@ __device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared,
   }
 }
 
+// Counts tile `count` of this CTA when its consumers have stored its requantised rows; nothing if
+// that was done before or it is no gate_up tile. Of the warp of scales, because the fence takes
+// longer than consumers should stand still.
+__device__ __forceinline__ void CountStored(const FfnArgs& args, FfnShared& shared,
+                                            uint32_t count) {
+  if (ThreadRead() % 32 == 0 && shared.uncounted >= 0) {
+    BarrierWait(&shared.stored, count % 2);
+    __threadfence();  // their stores, which the barrier ordered before this
+    atomicAdd(args.counters + kCounterTiles + shared.uncounted, 1);
+    shared.uncounted = -1;
+  }
+  __syncwarp();
+}
+
 // One warp: the products of the scales of the tile's rows and of its two weight matrices.
 __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& shared) {
   constexpr int kRows = kTileRows / 32;  // of a lane
@@ -165,12 +169,23 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
   StageCursor cursor;
   TileReader reader;
   for (;;) {
-    const ExpertTile tile = reader.Next(shared);
-    if (tile.kind == TileKind::kStop) return;
+    const ExpertTile& tile = reader.Peek(shared);
     const bool down = tile.kind == TileKind::kDown;
-    if (down) WaitForRows(args, tile);
+    // What is waited for may be what this warp has not counted yet.
+    if (tile.kind == TileKind::kStop ||
+        (down && !__all_sync(0xffffffffu, RowsAreThere(args, tile)))) {
+      CountStored(args, shared, reader.count() - 1);
+      if (!down) return;
+      WaitForRows(args, tile);
+    }
     const int blocks = Blocks(down ? args.intermediate : args.hidden);
-    const float* const scales = down ? args.inner_scales : args.x_scales;
+    const bool shares = shared.list.SharesRows(tile), keep = shares && tile.column == 0;
+    const bool gathered = shares && !keep && IsGathered(args, tile, kGatheredScales);
+    // The lane's first gathered scale.
+    const uint32_t kept = static_cast<uint32_t>(tile.row / kTileRows * blocks * kTileRows + lane);
+    const float* const scales = down       ? args.inner_scales
+                                : gathered ? args.gathered_scales
+                                           : args.x_scales;
     uint32_t offset[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -187,14 +202,21 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
                                                   : expert.up_scales) +
                                  static_cast<int64_t>(column) * blocks;
     const int used = (tile.rows + 31) / 32;
+    if (gathered) offset[0] = kept + 3 * lane;  // four at once
     // Under load an answer from L2 takes as long as two blocks last.
     const auto fetch = [&](int block) {
       if (block < blocks) {
         float* const to = shared.raw_scales[block % kScalesAhead];
+        if (gathered) {
+          CopyAsync(SharedAddress(to + 4 * lane),
+                    scales + (offset[0] + static_cast<uint32_t>(block * kTileRows)), 16);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (i < used)
-            CopyFloatAsync(to + lane + 32 * i, scales + (offset[i] + static_cast<uint32_t>(block)));
+          for (int i = 0; i < kRows; ++i) {
+            if (i < used)
+              CopyFloatAsync(to + lane + 32 * i,
+                             scales + (offset[i] + static_cast<uint32_t>(block)));
+          }
         }
         if (lane < 2) CopyFloatAsync(to + kTileRows + lane, weights + block);
       }
@@ -208,12 +230,14 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
       __syncwarp();
       const float* const raw = shared.raw_scales[block % kScalesAhead];
       const float first = raw[kTileRows], second = raw[kTileRows + 1];
-      float product[kRows][2];
+      float of_row[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const float of_row = raw[lane + 32 * i];
-        product[i][0] = __fmul_rn(of_row, first);
-        product[i][1] = __fmul_rn(of_row, second);
+        of_row[i] = raw[lane + 32 * i];
+        if (keep) {
+          args.gathered_scales[kept + static_cast<uint32_t>(block * kTileRows + 32 * i)] =
+              of_row[i];
+        }
       }
       __syncwarp();  // everybody has read what is overwritten now
       fetch(block + kScalesAhead);
@@ -223,12 +247,23 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (i >= used) continue;
-        to[32 * i] = product[i][0];
-        to[32 * i + kTileRows] = product[i][1];
+        to[32 * i] = __fmul_rn(of_row[i], first);
+        to[32 * i + kTileRows] = __fmul_rn(of_row[i], second);
       }
+      // From block kStages on consumers have left the tile before this one. They are given the last
+      // block only afterwards, or they could store another tile before that one is counted. Before
+      // a tile of down others may wait for it: at once.
+      if (block == (down ? 0 : min(kStages, blocks - 1)))
+        CountStored(args, shared, reader.count() - 1);
       BarrierArrive(&shared.full[s]);
       cursor.Advance();
     }
+    if (!down && lane == 0) shared.uncounted = tile.row_tile;
+    if (keep) {
+      __syncwarp();
+      if (lane == 0) SetGathered(args, tile, kGatheredScales);
+    }
+    reader.Done(shared);
   }
 }
 

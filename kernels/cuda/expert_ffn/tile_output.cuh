@@ -18,8 +18,8 @@ namespace moebius::kernels::cuda {
 inline constexpr int kConsumers = 256;  // two warpgroups, 64 of the 128 columns each
 inline constexpr int kTurnRows = 64;    // rows turned at once
 inline constexpr int kTurnBytes = kTurnRows * kTileColumns * 2;
-// Of all consumers; of warpgroup 0 and 1; for the order of their products (bar.sync).
-inline constexpr int kConsumerBarrier = 1, kGroupBarrier = 2, kOrderBarrier = 4;
+// Of all consumers; for the order of their products; of the warps that load rows (bar.sync).
+inline constexpr int kConsumerBarrier = 1, kOrderBarrier = 2, kRowBarrier = 3;
 
 // Rows [kFirst, kFirst + kCount) of ForRowsOfTile.
 template <int kFirst, int kCount, typename Use>

@@ -123,10 +123,7 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
                                       tile.column / kTileColumns)] = scale.scale;
     }
   });
-  if (ThreadRead() == 0) {
-    __threadfence();  // everybody's stores, which the barrier ordered before this
-    atomicAdd(args.counters + kCounterTiles + tile.row_tile, kTileWarpgroups);
-  }
+  if (ThreadRead() % 32 == 0) BarrierArrive(&shared.stored);  // ForRowsOfTile ends together
 }
 
 __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) {

@@ -36,24 +36,28 @@ __device__ __forceinline__ void AddScaledRows(float (&sum)[kWideSums],
 __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor& cursor, int group,
                                                  int blocks, bool copied, float (&first)[kWideSums],
                                                  float (&second)[kWideSums]) {
+  constexpr uint32_t kStep = kStageBytes / 16;
   const uint32_t stages = SharedAddress(shared.stages[0]);
-  const auto weights = static_cast<uint32_t>(KMajorDescriptor(stages));
-  const auto rows =
-      static_cast<uint32_t>(KMajorDescriptor(stages + kWeightBytes + group * 64 * kTileK));
+  // Of the stage in hand. Carried from block to block: made from its number, they would be a chain
+  // of dependent instructions between one product and the next.
+  uint32_t weights =
+      static_cast<uint32_t>(KMajorDescriptor(stages)) + static_cast<uint32_t>(cursor.stage) * kStep;
+  uint32_t rows =
+      static_cast<uint32_t>(KMajorDescriptor(stages + kWeightBytes + group * 64 * kTileK)) +
+      static_cast<uint32_t>(cursor.stage) * kStep;
   const int thread = ThreadRead() % 128;
   const int place = ScalePlace(group * 64 + thread / 32 * kWarpRows + thread % 32 / 4);
 #pragma unroll
   for (int i = 0; i < kWideSums; ++i) first[i] = second[i] = 0.0f;
 
   float part[kWideSums];
-  const auto multiply = [&](int s, uint32_t matrix) {
-    const uint32_t stage = static_cast<uint32_t>(s) * (kStageBytes / 16);
+  const auto multiply = [&](uint32_t matrix) {
     WgmmaFence();
 #pragma unroll
     for (int step = 0; step < kTileK / 32; ++step) {
       WgmmaInstruction<E4m3Operands, kTileColumns>::Shared(
-          part, kDescriptorHigh | (rows + stage + 2 * step),
-          kDescriptorHigh | (weights + matrix + stage + 2 * step), step != 0);
+          part, kDescriptorHigh | (rows + 2 * step),
+          kDescriptorHigh | (weights + matrix + 2 * step), step != 0);
     }
     WgmmaCommit();
   };
@@ -62,6 +66,12 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
     upper = shared.scales[s][place];
     lower = shared.scales[s][place + 2];
     if (copied) ProxyFence();
+  };
+
+  const bool leads = ThreadRead() % 32 == 0;
+  const auto release = [&](int s) {
+    __syncwarp();
+    if (leads) BarrierArrive(&shared.empty[s]);
   };
 
   BarrierWait(&shared.full[cursor.stage], cursor.parity);
@@ -73,27 +83,32 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
 #pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
     const int s = cursor.stage;
-    multiply(s, 0);
+    multiply(0);
     if (in_turn && group == 0 && block == 0) NamedBarrierArrive(kOrderBarrier, kConsumers);
     WgmmaWait<0>();
     KeepRegisters(part);
     AddScaledRows(first, part, upper, lower);
-    multiply(s, kWeightBytes / 2 / 16);
+    multiply(kWeightBytes / 2 / 16);
     const float second_upper = shared.scales[s][kTileRows + place];
     const float second_lower = shared.scales[s][kTileRows + place + 2];
     cursor.Advance();
+    const uint32_t step = cursor.stage == 0 ? 0u - (kStages - 1) * kStep : kStep;
+    weights += step;
+    rows += step;
     const bool more = block + 1 < blocks;
     const bool ready = more && BarrierHasPassed(&shared.full[cursor.stage], cursor.parity);
     if (ready) take_stage(cursor.stage);
     WgmmaWait<0>();
     KeepRegisters(part);
-    __syncwarp();
-    if (ThreadRead() % 32 == 0) BarrierArrive(&shared.empty[s]);
+    const bool late = leads && (ready || !more);
     if (more && !ready) {
+      release(s);  // loads are behind: at once
       BarrierWait(&shared.full[cursor.stage], cursor.parity);
       take_stage(cursor.stage);
     }
     AddScaledRows(second, part, second_upper, second_lower);
+    __syncwarp();
+    if (late) BarrierArrive(&shared.empty[s]);
   }
 }
 
@@ -135,37 +150,62 @@ __device__ __forceinline__ void StoreWarpRows(const FfnArgs& args, const ExpertT
   }
 }
 
-// Quantises the warp's rows and stores codes and scales.
+// Quantises the warp's rows and stores codes and scales. One branch for all that a thread has: the
+// steps of its two rows then overlap.
 __device__ __forceinline__ void RequantiseWarpRows(const FfnArgs& args, const ExpertTile& tile,
                                                    const float (&sums)[kWideSums], uint8_t* turn) {
   const int thread = ThreadRead() % kConsumers, lane = thread % 32;
   const int first_row = thread / 32 * kWarpRows;
+  RowVector v[2][4];
+  uint32_t largest[2] = {0, 0};
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
-    RowVector v[4];
-    uint32_t largest = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[i] = RoundedSums(sums, 16 * i, lower);
 #pragma unroll
-      for (int p = 0; p < 4; ++p) largest = __vmaxu2(largest, v[i].pair[p] & 0x7fff7fffu);
+      for (int p = 0; p < 4; ++p) {
+        const int at = 16 * i + 4 * p + 2 * lower;
+        v[lower][i].pair[p] = RoundNumbersToBf16Pair(sums[at], sums[at + 1]);
+        largest[lower] = __vmaxu2(largest[lower], v[lower][i].pair[p] & 0x7fff7fffu);
+      }
     }
 #pragma unroll
     for (int offset = 1; offset <= 2; offset *= 2)
-      largest = __vmaxu2(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-    const BlockScale scale =
-        ScaleOfBlock(max(largest & 0xffffu, largest >> 16), args.power_of_two_scales);
+      largest[lower] =
+          __vmaxu2(largest[lower], __shfl_xor_sync(0xffffffffu, largest[lower], offset));
+    largest[lower] = max(largest[lower] & 0xffffu, largest[lower] >> 16);
+  }
+  BlockScale scale[2];
+  uint2 codes[2][4];
+  if (max(largest[0], largest[1]) < kNotFinite) {
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      scale[lower] = ScaleOfFinite(largest[lower], args.power_of_two_scales);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) codes[lower][i] = CodesOfFinite(v[lower][i], scale[lower]);
+    }
+  } else {
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      scale[lower] = ScaleOfBlock(largest[lower], args.power_of_two_scales);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        codes[lower][i] = CodesOfVector(RoundedSums(sums, 16 * i, lower), scale[lower]);
+    }
+  }
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
     // Stored as 16-bit elements, two codes each: 16 bytes then hold columns 0 1 8 9 2 3 10 11 4 ..
     const uint32_t to = SharedAddress(turn) + (8 * lower + lane % 8) * kTileColumns;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const uint2 a = CodesOfVector(v[i], scale), b = CodesOfVector(v[i + 1], scale);
-      StoreMatrices4(to + ((2 * i + lane / 8) ^ lane % 8) * 16, a.x, a.y, b.x, b.y);
+      StoreMatrices4(to + ((2 * i + lane / 8) ^ lane % 8) * 16, codes[lower][i].x,
+                     codes[lower][i].y, codes[lower][i + 1].x, codes[lower][i + 1].y);
     }
     const int row = first_row + 8 * lower + lane / 4;
     if (lane % 4 == 0 && row < tile.rows) {
       args.inner_scales[ElementOffset(tile.row + row, Blocks(args.intermediate),
-                                      tile.column / kTileColumns)] = scale.scale;
+                                      tile.column / kTileColumns)] = scale[lower].scale;
     }
   }
   __syncwarp();
@@ -200,11 +240,7 @@ __device__ __forceinline__ void ComputeWideTile(const FfnArgs& args, FfnShared& 
   }
   SwiGluInPlace(first, second);
   RequantiseWarpRows(args, tile, first, turn);
-  NamedBarrier(kGroupBarrier + group, 128);
-  if (ThreadRead() % 128 == 0) {
-    __threadfence();  // the warpgroup's stores, which the barrier ordered before this
-    atomicAdd(args.counters + kCounterTiles + tile.row_tile, 1);
-  }
+  if (ThreadRead() % 32 == 0) BarrierArrive(&shared.stored);  // RequantiseWarpRows ends together
 }
 
 }  // namespace moebius::kernels::cuda

@@ -116,7 +116,7 @@ std::vector<int32_t> Offsets(const std::vector<int64_t>& counts) {
 }
 
 ExpertWorkspace WorkspaceFor(const Experts& experts, int64_t rows) {
-  auto workspace = ExpertWorkspace::Create(rows, experts.intermediate, 512);
+  auto workspace = ExpertWorkspace::Create(rows, experts.hidden, experts.intermediate, 512);
   EXPECT_TRUE(workspace.ok()) << workspace.status().ToString();
   return *std::move(workspace);
 }
@@ -432,18 +432,26 @@ TEST_F(ExpertFfnTest, ASplitThatFollowsTheBatchWouldBeSeen) {
 }
 
 TEST_F(ExpertFfnTest, LaunchesBesideACompetingKernelAgree) {
-  const Experts experts(8, 1024, 384, 11);
-  constexpr int64_t kRows = 258;
-  const Sources sources(kRows, 1024, 12);
-  const ExpertWorkspace workspace = WorkspaceFor(experts, kRows);
-  Call call(experts, sources, {16, 1, 0, 40, 7, 130, 0, 64}, RandomIndex(kRows, kRows, 13), kRows,
-            workspace);
-  const DeviceBuffer<Bf16> out(call.out_size), other(call.out_size);
-  ExpectEqualLaunches({{{{out.get(), 2 * call.out_size}}, {{other.get(), 2 * call.out_size}}}},
-                      [&](int set, cudaStream_t stream) {
-                        call.params.out = set == 0 ? out.get() : other.get();
-                        return LaunchExpertFfn(call.params, stream);
-                      });
+  struct Case {
+    int64_t hidden, intermediate;
+    std::vector<int64_t> counts;
+  };
+  // Every width of tile; and rows that are gathered once for all columns.
+  for (const Case& c : {Case{1024, 384, {16, 1, 0, 40, 7, 130, 0, 64}},
+                        Case{272, 2048, {3, 1700, 300, 0, 1290, 97}}}) {
+    const Experts experts(static_cast<int64_t>(c.counts.size()), c.hidden, c.intermediate, 11);
+    const int64_t rows = std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0});
+    SCOPED_TRACE(rows);
+    const Sources sources(rows, c.hidden, 12);
+    const ExpertWorkspace workspace = WorkspaceFor(experts, rows);
+    Call call(experts, sources, c.counts, RandomIndex(rows, rows, 13), rows, workspace);
+    const DeviceBuffer<Bf16> out(call.out_size), other(call.out_size);
+    ExpectEqualLaunches({{{{out.get(), 2 * call.out_size}}, {{other.get(), 2 * call.out_size}}}},
+                        [&](int set, cudaStream_t stream) {
+                          call.params.out = set == 0 ? out.get() : other.get();
+                          return LaunchExpertFfn(call.params, stream);
+                        });
+  }
 }
 
 TEST_F(ExpertFfnTest, WhatTheKernelInFrontWritesIsWaitedFor) {
@@ -517,6 +525,54 @@ TEST_F(ExpertFfnTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
   run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
   run_behind_reader(workspace.codes(), static_cast<size_t>(kRows * workspace.intermediate()),
                     "requantised rows");
+}
+
+// What every row of a large batch is to be: expert after expert, all sources in one small batch.
+std::vector<Bf16> OfEverySource(const Experts& experts, const Sources& sources, int64_t count,
+                                const ExpertWorkspace& workspace) {
+  std::vector<int32_t> identity(static_cast<size_t>(count));
+  std::iota(identity.begin(), identity.end(), 0);
+  std::vector<Bf16> all;
+  for (size_t e = 0; e < experts.all.size(); ++e) {
+    std::vector<int64_t> counts(experts.all.size(), 0);
+    counts[e] = count;
+    const std::vector<Bf16> out = RunFfn(experts, sources, counts, identity, count, workspace);
+    all.insert(all.end(), out.begin(), out.end());
+  }
+  return all;
+}
+
+// Batches large enough that full tiles share their rows, beside ragged tiles and small experts that
+// do not. On a GPU with more than 133 multiprocessors nothing would be shared.
+TEST_F(ExpertFfnTest, RowsGatheredForAllColumnsAreThoseOfSmallBatches) {
+  struct Case {
+    int64_t hidden, intermediate;
+    std::vector<int64_t> counts;
+  };
+  constexpr int64_t kSources = 64;
+  for (const Case& c : {Case{272, 2048, {3, 1700, 300, 0, 1290, 97}},
+                        Case{1168, 1040, {5, 3000, 0, 256, 255, 2600}}}) {
+    const Experts experts(static_cast<int64_t>(c.counts.size()), c.hidden, c.intermediate, 18);
+    const Sources sources = WithHostileNeighbours(kSources, c.hidden, 19);
+    const int64_t rows = std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0});
+    const ExpertWorkspace workspace = WorkspaceFor(experts, rows);
+    const std::vector<Bf16> expected = OfEverySource(experts, sources, kSources, workspace);
+    for (uint64_t seed = 20; seed < 23; ++seed) {
+      const std::vector<int32_t> index = RandomIndex(rows, kSources, seed);
+      const std::vector<Bf16> out = RunFfn(experts, sources, c.counts, index, rows, workspace);
+      int64_t row = 0;
+      for (size_t e = 0; e < c.counts.size(); ++e) {
+        for (int64_t i = 0; i < c.counts[e]; ++i, ++row) {
+          const int64_t source =
+              static_cast<int64_t>(e) * kSources + index[static_cast<size_t>(row)];
+          ASSERT_EQ(std::memcmp(out.data() + row * c.hidden, expected.data() + source * c.hidden,
+                                static_cast<size_t>(c.hidden) * sizeof(Bf16)),
+                    0)
+              << c.hidden << " x " << c.intermediate << ": row " << i << " of expert " << e;
+        }
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -9,7 +9,10 @@ __global__ void QuantizerPairs(bool power_of_two, unsigned long long* mismatches
                                unsigned long long* compared) {
   const uint32_t largest = blockIdx.x;  // 0 .. 0x7f7f
   const BlockScale s = ScaleOfBlock(largest, power_of_two);
+  const BlockScale finite = ScaleOfFinite(largest, power_of_two);
   unsigned long long wrong = 0, count = 0;
+  wrong += __float_as_uint(finite.scale) != __float_as_uint(s.scale);
+  wrong += __float_as_uint(finite.reciprocal) != __float_as_uint(s.reciprocal);
   for (uint32_t magnitude = threadIdx.x; magnitude <= largest; magnitude += blockDim.x) {
     const float x = __uint_as_float(magnitude << 16);
     const uint32_t fast = ToE4m3Pair(DivideByScale(x, s), DivideByScale(-x, s));
