@@ -67,7 +67,7 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
 __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = DescriptorBase(s);
+  const uint32_t base = DescriptorBase(&s);
   SegmentCursor at(shape.schedule, Group(), s.shares);
   if (!at.Next()) return;
   uint32_t pairs = 0, works = 0;
@@ -154,7 +154,7 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
 __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = DescriptorBase(s);
+  const uint32_t base = DescriptorBase(&s);
   SegmentCursor at(shape.schedule, Group(), s.shares);
   uint32_t odds = 0, works = 0;
   for (uint32_t segments = 0; at.Next(); ++segments) {
