@@ -100,7 +100,12 @@ void BenchMlaAttention(Report& report) {
       Measure(report, {128, 8, 32768, 1, 0, 0, ""}, segment_tokens);
     }
     if (segment_tokens != 0) continue;
-    Measure(report, {128, 1, 4096, 1, 0, 0, ""}, segment_tokens);
+    for (const Case& c :  // few segments
+         {Case{128, 1, 512, 1, 0, 0, ""}, Case{128, 1, 4096, 1, 0, 0, ""},
+          Case{128, 4, 4096, 1, 0, 0, ""}, Case{128, 2, 8192, 1, 0, 0, ""},
+          Case{16, 4, 8192, 1, 0, 0, ""}}) {
+      Measure(report, c, segment_tokens);
+    }
     Measure(report, {128, 1, 32768, 2048, 0, 0, ""}, segment_tokens);
   }
 }

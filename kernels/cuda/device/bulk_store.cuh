@@ -21,6 +21,12 @@ __device__ __forceinline__ void TmaStore2d(const CUtensorMap* map, const void* f
       "r"(SharedAddress(from)), "r"(x), "r"(y)
       : "memory");
 }
+// Copies `bytes` (a multiple of 16, both sides 16-aligned) as they lie.
+__device__ __forceinline__ void BulkStore(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(SharedAddress(from)), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void StoresCommit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

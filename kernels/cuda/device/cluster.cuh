@@ -51,6 +51,29 @@ __device__ __forceinline__ void StoreAsync(uint32_t to, const float (&v)[4], uin
       "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
       : "memory");
 }
+// The same with one value or two.
+__device__ __forceinline__ void StoreAsync(uint32_t to, float v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+      "f"(v), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void StoreAsync(uint32_t to, const float (&v)[2], uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(to),
+      "f"(v[0]), "f"(v[1]), "r"(barrier)
+      : "memory");
+}
+// BulkLoad into every CTA whose bit is set in `ctas`, each counting on its own barrier.
+__device__ __forceinline__ void BulkLoadTo(uint16_t ctas, void* to, const void* from,
+                                           uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier)), "h"(ctas)
+      : "memory");
+}
 // TmaLoad2d into every CTA whose bit is set in `ctas`, each counting on its own barrier.
 __device__ __forceinline__ void TmaLoad2dTo(uint16_t ctas, void* to, const CUtensorMap* map,
                                             uint64_t* barrier, int32_t x, int32_t y,

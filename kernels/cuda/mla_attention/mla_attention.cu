@@ -11,6 +11,7 @@
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/mla_attention/partial.cuh"
 #include "kernels/cuda/mla_attention/schedule.cuh"
+#include "kernels/cuda/mla_attention/segment_cluster.cuh"
 #include "kernels/cuda/mla_attention/segment_cursor.cuh"
 #include "kernels/cuda/mla_attention/segment_end.cuh"
 #include "kernels/cuda/mla_attention/tile.cuh"
@@ -67,7 +68,7 @@ __device__ __forceinline__ void Load(Shared& s, const CUtensorMap& queries,
 __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = DescriptorBase(s);
+  const uint32_t base = DescriptorBase(&s);
   SegmentCursor at(shape.schedule, Group(), s.shares);
   if (!at.Next()) return;
   uint32_t pairs = 0, works = 0;
@@ -154,7 +155,7 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
 __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int row = 16 * (thread / 32) + thread % 32 / 4;
-  const uint32_t base = DescriptorBase(s);
+  const uint32_t base = DescriptorBase(&s);
   SegmentCursor at(shape.schedule, Group(), s.shares);
   uint32_t odds = 0, works = 0;
   for (uint32_t segments = 0; at.Next(); ++segments) {
@@ -304,32 +305,7 @@ __global__ void __launch_bounds__(kMaxSplitRows)
     const int size = shape.schedule.SegmentBlocks(shape.schedule.rows[row].position);
     const int segments =
         (shares.first_block[place + 1] - shares.first_block[place] + size - 1) / size;
-    const int64_t stride = shape.tiles * 2 * kPartialHalf;
-    const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
-                               (tile * 2 + half) * kPartialHalf;
-    MlaHeadState state = LoadState(from, thread);
-    float4 a = from[quad * 128 + thread];
-    constexpr int kBatch = 8;  // loads in flight
-    for (int segment = 1; segment < segments; segment += kBatch) {
-      MlaHeadState next_state[kBatch];
-      float4 next[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (segment + i >= segments) break;
-        next_state[i] = LoadState(from + (segment + i) * stride, thread);
-        next[i] = from[(segment + i) * stride + quad * 128 + thread];
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (segment + i >= segments) break;
-        const MlaMergeFactors factors = MergeState(state, next_state[i]);
-        a = MergeQuad(factors, a, next[i]);
-      }
-    }
-    const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
-    const MlaOutput out{shape.out + (int64_t{row} * shape.heads + tile * 64) * kMlaLatentRank,
-                        min(64, shape.heads - tile * 64)};
-    StoreQuad(out, half, quad, thread, a, inverse);
+    MergeQuads(shape, row, tile, segments, half, quad, thread);
   }
 }
 
@@ -356,6 +332,10 @@ Plan MakePlan(int64_t m, int64_t num_heads, int64_t max_context, int64_t segment
   plan.split = m <= kMaxSplitRows && partials <= kMostPartialBytes;
   plan.workspace_bytes = plan.groups * plan.tiles * kPartialBytes + (plan.split ? partials : 0);
   return plan;
+}
+
+int SegmentCtas(const Plan& plan, int64_t m) {
+  return plan.split ? ClusterCtas(m * plan.max_segments * plan.tiles) : 1;
 }
 
 absl::Status Validate(const MlaAttentionCoreParams& p, int64_t segment_tokens) {
@@ -403,6 +383,10 @@ int64_t MlaAttentionWorkspaceBytes(int64_t m, int64_t num_heads, int64_t max_con
   return MlaAttentionWorkspaceBytesWithSegments(m, num_heads, max_context, 0);
 }
 
+int MlaSegmentCtas(int64_t m, int64_t num_heads, int64_t max_context) {
+  return SegmentCtas(MakePlan(m, num_heads, max_context, 0), m);
+}
+
 absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int64_t segment_tokens,
                                             cudaStream_t stream) {
   if (p.m == 0) return absl::OkStatus();
@@ -443,6 +427,8 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   shape.segments = shape.chains + plan.groups * plan.tiles * 2 * kPartialHalf;
   shape.max_segments = plan.max_segments;
 
+  const int ctas = SegmentCtas(plan, p.m);
+  if (ctas > 1) return LaunchSegmentClusters(ctas, queries, cache, shape, stream);
   LaunchShape launch;
   launch.grid = dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups));
   launch.threads = kThreads;

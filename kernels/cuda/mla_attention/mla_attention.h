@@ -71,7 +71,11 @@ int64_t MlaAttentionWorkspaceBytes(int64_t m, int64_t num_heads, int64_t max_con
 // it; INTERNAL if a launch fails. Any thread.
 absl::Status LaunchMlaAttention(const MlaAttentionCoreParams& params, cudaStream_t stream);
 
-// The same with another segment size (a positive multiple of 128 tokens; 0: that of
+// The CTAs that LaunchMlaAttention gives to each segment: 8, 4 or 2 where segments are few, else 1.
+// Does not reach the bits; for tests.
+int MlaSegmentCtas(int64_t m, int64_t num_heads, int64_t max_context);
+
+// LaunchMlaAttention with another segment size (a positive multiple of 128 tokens; 0: that of
 // MlaSegmentTokens): other bits. For the comparison in docs/adr/0012 and for the test that a split
 // chosen by the batch is noticed.
 absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& params,

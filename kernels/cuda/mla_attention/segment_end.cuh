@@ -45,6 +45,37 @@ __device__ __forceinline__ float4* Slot(const Shape& shape, int row, int segment
              kPartialHalf;
 }
 
+// The output of a row, of the segments in its slots: a quad of each of 128 threads.
+__device__ __forceinline__ void MergeQuads(const Shape& shape, int row, int tile, int segments,
+                                           int half, int quad, int thread) {
+  const int64_t stride = shape.tiles * 2 * kPartialHalf;
+  const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
+                             (tile * 2 + half) * kPartialHalf;
+  MlaHeadState state = LoadState(from, thread);
+  float4 a = from[quad * 128 + thread];
+  constexpr int kBatch = 8;  // loads in flight
+  for (int segment = 1; segment < segments; segment += kBatch) {
+    MlaHeadState next_state[kBatch];
+    float4 next[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (segment + i >= segments) break;
+      next_state[i] = LoadState(from + (segment + i) * stride, thread);
+      next[i] = from[(segment + i) * stride + quad * 128 + thread];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (segment + i >= segments) break;
+      const MlaMergeFactors factors = MergeState(state, next_state[i]);
+      a = MergeQuad(factors, a, next[i]);
+    }
+  }
+  const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
+  const MlaOutput out{shape.out + (int64_t{row} * shape.heads + tile * 64) * kMlaLatentRank,
+                      min(64, shape.heads - tile * 64)};
+  StoreQuad(out, half, quad, thread, a, inverse);
+}
+
 // o and state: the segments before, merged with these.
 __device__ __forceinline__ void MergeChain(const float4* chain, int thread, Output& o,
                                            MlaHeadState& state) {

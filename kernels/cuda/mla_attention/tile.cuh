@@ -74,9 +74,9 @@ using Output = float[128];
 __device__ __forceinline__ uint64_t Descriptor(uint32_t low) {
   return (uint64_t{0x40000000 | (1024 >> 4)} << 32) | low;
 }
-// Where `s` begins, in units of 16 bytes. Higher bits of an address name a CTA of a cluster.
-__device__ __forceinline__ uint32_t DescriptorBase(const Shared& s) {
-  return (SharedAddress(&s) & 0x3ffff) / 16;
+// Where `s` lies, in units of 16 bytes. Higher bits of an address name a CTA of a cluster.
+__device__ __forceinline__ uint32_t DescriptorBase(const void* s) {
+  return (SharedAddress(s) & 0x3ffff) / 16;
 }
 __device__ __forceinline__ uint32_t Uniform(uint32_t low) { return __shfl_sync(~0u, low, 0); }
 // Low words for what lies `offset` bytes into shared memory that begins at 16 * base.
@@ -121,13 +121,10 @@ __device__ __forceinline__ void ClearBeyond(uint8_t* tile, uint64_t* full, uint3
   NamedBarrier(barrier, 128);
 }
 
-// Scores of a block to probabilities in BF16, as the operand A of four k16; positions beyond `last`
-// weigh exactly 0. `factor` is what sums so far must be multiplied with; state moves on.
-// `between(0)` to `between(3)` are called along the way: to issue products.
-template <typename Between>
-__device__ __forceinline__ void Softmax(float (&scores)[32], uint32_t (&p)[4][4], float scale_log2,
-                                        int last, MlaHeadState& state, float (&factor)[2],
-                                        Between between) {
+// The largest score of each of the thread's two rows, in units of log2 and rounded up. Positions of
+// the block beyond `last` become -infinity.
+__device__ __forceinline__ void LargestScores(float (&scores)[32], float scale_log2, int last,
+                                              float (&largest)[2]) {
   const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
   if (last < 63) {
 #pragma unroll
@@ -158,27 +155,54 @@ __device__ __forceinline__ void Softmax(float (&scores)[32], uint32_t (&p)[4][4]
       most[r][0] = fmaxf(most[r][0], __shfl_xor_sync(~0u, most[r][0], lanes));
   }
 #pragma unroll
+  for (int r = 0; r < 2; ++r) largest[r] = ceilf(__fmul_rn(most[r][0], scale_log2));
+}
+
+// The factor of what was summed so far, when `largest` comes to the rows; `anchor` moves on.
+__device__ __forceinline__ void MoveAnchors(const float (&largest)[2], float (&anchor)[2],
+                                            float (&factor)[2]) {
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float anchor = fmaxf(state.anchor[r], ceilf(__fmul_rn(most[r][0], scale_log2)));
-    factor[r] = Exp2(__fsub_rn(state.anchor[r], anchor));
-    state.anchor[r] = anchor;
+    const float next = fmaxf(anchor[r], largest[r]);
+    factor[r] = Exp2(__fsub_rn(anchor[r], next));
+    anchor[r] = next;
   }
+}
+
+// Probabilities in BF16, as the operand A of four k16, and the thread's part of their sums.
+// `between(0)` to `between(3)` are called along the way: to issue products.
+template <typename Between>
+__device__ __forceinline__ void Probabilities(const float (&scores)[32], uint32_t (&p)[4][4],
+                                              float scale_log2, const float (&anchor)[2],
+                                              float (&sum)[2], Between between) {
   // The sum is of the rounded values, so that a rounding error cancels where one position has most
   // of the weight.
-  float sum[2] = {0.0f, 0.0f};
+  sum[0] = sum[1] = 0.0f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     if (j % 2 == 0) between(j / 2);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const x = scores + 4 * j + 2 * r;
-      const uint32_t pair = PackBf16(Exp2(__fmaf_rn(x[0], scale_log2, -state.anchor[r])),
-                                     Exp2(__fmaf_rn(x[1], scale_log2, -state.anchor[r])));
+      const uint32_t pair = PackBf16(Exp2(__fmaf_rn(x[0], scale_log2, -anchor[r])),
+                                     Exp2(__fmaf_rn(x[1], scale_log2, -anchor[r])));
       p[j / 2][j % 2 * 2 + r] = pair;
       sum[r] = __fadd_rn(
           sum[r], __fadd_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)));
     }
   }
+}
+
+// Scores of a block to probabilities; positions beyond `last` weigh exactly 0. `factor` is what
+// sums so far must be multiplied with; state moves on.
+template <typename Between>
+__device__ __forceinline__ void Softmax(float (&scores)[32], uint32_t (&p)[4][4], float scale_log2,
+                                        int last, MlaHeadState& state, float (&factor)[2],
+                                        Between between) {
+  float largest[2], sum[2];
+  LargestScores(scores, scale_log2, last, largest);
+  MoveAnchors(largest, state.anchor, factor);
+  Probabilities(scores, p, scale_log2, state.anchor, sum, between);
 #pragma unroll
   for (int r = 0; r < 2; ++r) state.sum[r] = __fmaf_rn(state.sum[r], factor[r], sum[r]);
 }

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/reference/attention.h"
@@ -380,9 +381,10 @@ TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
   const std::vector<int64_t> contexts = {3000, 70, 1500, 1024, 2500};
   Cache cache(contexts, 9, 10);
   cache.Upload();
-  // Rows shared by CTAs, and rows that each have one.
-  for (const size_t m : {5u, 150u}) {
+  // Clusters of every size for a segment, rows shared by CTAs, and rows that each have one.
+  for (const auto& [m, ctas] : {std::pair<size_t, int>{1, 8}, {6, 4}, {12, 2}, {32, 1}, {150, 1}}) {
     SCOPED_TRACE(m);
+    ASSERT_EQ(MlaSegmentCtas(static_cast<int64_t>(m), kHeads, contexts[0]), ctas);
     std::vector<MlaRow> rows;
     for (size_t i = 0; i < m; ++i) {
       const size_t sequence = i % contexts.size();
@@ -470,6 +472,71 @@ TEST_F(MlaAttentionTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
     };
     run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
     run_behind_reader(workspace.get(), workspace.count(), "workspace");
+  }
+}
+
+// The number of rows decides how many CTAs share a segment.
+TEST_F(MlaAttentionTest, EveryNumberOfCtasGivesOneResult) {
+  const int64_t heads = 128, context = 4150;  // three segments
+  Cache cache({context}, 17, 18);
+  cache.Upload();
+  const std::vector<Bf16> mine = RandomQueries(1, heads, 19);
+  uint64_t expected = 0;
+  for (const auto& [m, ctas] : {std::pair<int64_t, int>{16, 1}, {8, 2}, {3, 4}, {1, 8}}) {
+    ASSERT_EQ(MlaSegmentCtas(m, heads, context), ctas);
+    std::vector<Bf16> q;
+    for (int64_t row = 0; row < m; ++row) q.insert(q.end(), mine.begin(), mine.end());
+    const std::vector<MlaRow> rows(static_cast<size_t>(m), {static_cast<int32_t>(context - 1), 0});
+    const std::vector<Bf16> out = Attend(cache, rows, heads, q);
+    if (expected == 0) expected = HashOfRow(out, heads, 0);
+    for (int64_t row = 0; row < m; ++row)
+      EXPECT_EQ(HashOfRow(out, heads, row), expected) << "row " << row << ", " << ctas << " CTAs";
+  }
+}
+
+// Contexts that end before, at and behind blocks, pairs of blocks, passes of a cluster and segments
+// of both sizes. The whole call has single CTAs, its parts have clusters.
+TEST_F(MlaAttentionTest, ClustersGiveTheSameBitsAsSingleCtas) {
+  for (const int64_t heads : {16, 100, 128}) {
+    const std::vector<int64_t> contexts = {1,    64,   65,   129,  448,  513,  576,
+                                           1024, 1025, 1100, 2048, 2049, 3136, 4096,
+                                           4097, 6144, 6145, 7168, 7169, 8192, 8300};
+    Cache cache(contexts, 14, 15 + static_cast<uint64_t>(heads));
+    cache.Upload();
+    std::vector<MlaRow> rows;
+    for (int copy = 0; copy < 3; ++copy) {
+      for (size_t i = 0; i < contexts.size(); ++i)
+        rows.push_back({static_cast<int32_t>(contexts[i] - 1), static_cast<int32_t>(i)});
+    }
+    const auto m = static_cast<int64_t>(rows.size());
+    ASSERT_EQ(MlaSegmentCtas(m, heads, 8300), 1);
+    std::vector<Bf16> q = RandomQueries(m, heads, 16);
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t i = 0; i < heads * kDim; ++i) {
+        Bf16& v = q[static_cast<size_t>(row * heads * kDim + i)];
+        // Anchors far apart; heads whose anchors never move; NaN and infinities.
+        if (row % 3 == 1) v = ToBf16(ToFloat(v) * 40);
+        if (row % 3 == 2 && i / kDim % 5 == 4) v = ToBf16(ToFloat(v) * 1e-3f);
+        if (row % 8 == 5 && i == 7) v = ToBf16(NAN);
+        if (row % 8 == 6 && i == kDim) v = ToBf16(-INFINITY);
+      }
+    }
+    const std::vector<Bf16> expected = Attend(cache, rows, heads, q);
+    int64_t different = 0;
+    for (const int64_t chunk : {1, 2}) {
+      for (int64_t row = 0; row < m; row += chunk) {
+        const int64_t count = std::min(chunk, m - row);
+        const std::vector<MlaRow> few(rows.begin() + row, rows.begin() + row + count);
+        ASSERT_GT(MlaSegmentCtas(count, heads, 8300), 1);
+        const std::vector<Bf16> out =
+            Attend(cache, few, heads,
+                   std::vector<Bf16>(q.begin() + row * heads * kDim,
+                                     q.begin() + (row + count) * heads * kDim));
+        for (int64_t i = 0; i < count; ++i)
+          different += HashOfRow(out, heads, i) != HashOfRow(expected, heads, row + i);
+      }
+    }
+    EXPECT_EQ(different, 0) << "of " << 2 * m << " rows of " << heads << " heads";
   }
 }
 
