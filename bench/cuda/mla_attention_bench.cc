@@ -20,6 +20,7 @@ struct Case {
   int64_t heads, sequences, context, queries;
   double must_us, aim_us;
   const char* peer;
+  int64_t max_context = 0;  // that the caller allows; 0: `context`
 };
 
 void Measure(Report& report, const Case& c, int64_t segment_tokens) {
@@ -35,8 +36,14 @@ void Measure(Report& report, const Case& c, int64_t segment_tokens) {
   std::iota(order.begin(), order.end(), 0);
   Prng random(3);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.Below(i)]);
-  DeviceArray<int32_t> tables(num_blocks);
-  tables.Upload(order.data());
+  const int64_t max_context = c.max_context == 0 ? c.context : c.max_context;
+  const int64_t max_blocks = (max_context + 63) / 64;
+  std::vector<int32_t> host_tables(static_cast<size_t>(copies * c.sequences * max_blocks));
+  for (int64_t sequence = 0; sequence < copies * c.sequences; ++sequence)
+    std::copy_n(order.begin() + sequence * blocks, blocks,
+                host_tables.begin() + sequence * max_blocks);
+  DeviceArray<int32_t> tables(static_cast<int64_t>(host_tables.size()));
+  tables.Upload(host_tables.data());
   std::vector<MlaRow> rows;
   for (int64_t i = 0; i < m; ++i) {
     rows.push_back({static_cast<int32_t>(c.context - c.queries + i % c.queries),
@@ -50,22 +57,23 @@ void Measure(Report& report, const Case& c, int64_t segment_tokens) {
   params.q = q.get();
   params.softmax_scale = 0.0721688f;
   params.rows = device_rows.get();
-  params.max_blocks = blocks;
   params.cache = cache.get();
   params.num_blocks = num_blocks;
-  params.max_context = c.context;
+  params.max_blocks = max_blocks;
+  params.max_context = max_context;
   params.out = out.get();
-  const DeviceArray<uint8_t> workspace(
-      kernels::cuda::MlaAttentionWorkspaceBytesWithSegments(m, c.heads, c.context, segment_tokens));
+  const DeviceArray<uint8_t> workspace(kernels::cuda::MlaAttentionWorkspaceBytesWithSegments(
+      m, c.heads, max_context, segment_tokens));
   params.workspace = workspace.get();
   params.workspace_bytes = workspace.count();
   Row row;
   row.kernel = "mla_attention";
   row.shape = absl::StrCat(c.heads, " heads, B=", c.sequences, ", S=", c.context, ", ", c.queries,
                            c.queries == 1 ? " query" : " queries");
+  if (c.max_context != 0) absl::StrAppend(&row.shape, ", ", c.max_context, " allowed");
   if (segment_tokens != 0) absl::StrAppend(&row.shape, ", segments of ", segment_tokens);
   row.timing = TimeGraph(std::max(copies, c.queries > 64 ? 1 : 4), [&](int i, cudaStream_t stream) {
-    params.block_tables = tables.get() + i % copies * c.sequences * blocks;
+    params.block_tables = tables.get() + i % copies * c.sequences * max_blocks;
     return kernels::cuda::LaunchMlaAttentionWithSegments(params, segment_tokens, stream);
   });
   double pairs = 0;  // of a query and a position
@@ -106,6 +114,7 @@ void BenchMlaAttention(Report& report) {
           Case{16, 4, 8192, 1, 0, 0, ""}}) {
       Measure(report, c, segment_tokens);
     }
+    Measure(report, {128, 16, 8192, 1, 0, 0, "", 131072}, segment_tokens);
     Measure(report, {128, 1, 32768, 2048, 0, 0, ""}, segment_tokens);
   }
 }

@@ -113,7 +113,7 @@ __device__ __forceinline__ void ComputeEven(Shared& s, const Shape& shape) {
       }
       if (last) {
         PostSums(s, segments % 2, 0, row, state);
-        end = {at.work().row, at.segment(), at.work().Whole(), at.LastOfWork()};
+        end = SegmentEnd::Of(at);
         more = at.Next();
         if (!more) {
           WgmmaWait<0>();
@@ -222,8 +222,7 @@ __device__ __forceinline__ void ComputeOdd(Shared& s, const Shape& shape) {
       NamedBarrierArrive(kEvenFree, 256);
     }
     PostSums(s, segments % 2, 1, row, state);
-    FinishSegment(s, shape, {at.work().row, at.segment(), at.work().Whole(), at.LastOfWork()},
-                  segments % 2, 1, row, o, state);
+    FinishSegment(s, shape, SegmentEnd::Of(at), segments % 2, 1, row, o, state);
   }
 }
 
@@ -248,8 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   WaitForPrecedingKernel();
   LetNextKernelStart();  // it finds room as our CTAs end, and waits for them
-  if (shape.schedule.split) MakeShares(shape.schedule, s.shares);
-  __syncthreads();
+  MakeShares(shape.schedule, Group(), s.shares);
   if (warp >= 8) {
     RegistersDown<kLoadRegisters>();
     if (warp == 8) Load(s, queries, cache, shape);
@@ -267,10 +265,11 @@ constexpr int kMergeCtas = 132 * 4;
 
 // The places of rows that several groups shared, in order; returns how many. All threads.
 __device__ __forceinline__ int ListSharedRows(const MlaSchedule& schedule, const MlaShares& shares,
+                                              const int (&first_slots)[kMaxSplitRows],
                                               int (&places)[kMaxSplitRows]) {
   __shared__ int warp_counts[kMaxSplitRows / 32];
   const int t = static_cast<int>(threadIdx.x);
-  const bool mine = t < schedule.m && IsShared(schedule, shares, t);
+  const bool mine = t < schedule.m && shares.split && first_slots[t] >= 0;
   const uint32_t votes = __ballot_sync(~0u, mine);
   if (t % 32 == 0) warp_counts[t / 32] = __popc(votes);
   __syncthreads();
@@ -289,9 +288,11 @@ __device__ __forceinline__ int ListSharedRows(const MlaSchedule& schedule, const
 __global__ void __launch_bounds__(kMaxSplitRows)
     MergeSegments(const __grid_constant__ Shape shape) {
   __shared__ MlaShares shares;
-  __shared__ int places[kMaxSplitRows];
-  MakeShares(shape.schedule, shares);  // from what MlaAttention too has waited for
-  const int count = ListSharedRows(shape.schedule, shares, places);
+  __shared__ int first_slots[kMaxSplitRows], places[kMaxSplitRows];
+  // The rows are read before the wait: the kernel in front has waited for them, and let this one
+  // start only then.
+  MakeShares(shape.schedule, 0, shares, first_slots);
+  const int count = ListSharedRows(shape.schedule, shares, first_slots, places);
   WaitForPrecedingKernel();
   LetNextKernelStart();
   const int half = static_cast<int>(threadIdx.x) / 128,
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kMaxSplitRows)
     const int size = shape.schedule.SegmentBlocks(shape.schedule.rows[row].position);
     const int segments =
         (shares.first_block[place + 1] - shares.first_block[place] + size - 1) / size;
-    MergeQuads(shape, row, tile, segments, half, quad, thread);
+    MergeQuads(shape, row, tile, first_slots[place], segments, half, quad, thread);
   }
 }
 
@@ -313,11 +314,14 @@ constexpr int64_t kMostPartialBytes = int64_t{1} << 29;
 
 struct Plan {
   int tiles, groups, max_segments;
-  bool split;
+  int slots;
   int64_t workspace_bytes;
 };
 
-// Rows are shared among groups where that needs a bounded workspace.
+// At a border of two groups one row is shared, so at most `groups` rows are; their segments have
+// slots in a bounded workspace. How many there are only the device knows: where they are more than
+// the slots it deals out whole rows. More rows than kMaxSplitRows are so dealt out in any case, but
+// ask for the same workspace, which then serves any smaller call.
 Plan MakePlan(int64_t m, int64_t num_heads, int64_t max_context, int64_t segment_tokens) {
   Plan plan;
   plan.tiles = static_cast<int>((num_heads + 63) / 64);
@@ -328,14 +332,17 @@ Plan MakePlan(int64_t m, int64_t num_heads, int64_t max_context, int64_t segment
     return static_cast<int>((context + size - 1) / size);
   };
   plan.max_segments = segments(max_context);  // more than of any shorter one
-  const int64_t partials = m * plan.max_segments * plan.tiles * kPartialBytes;
-  plan.split = m <= kMaxSplitRows && partials <= kMostPartialBytes;
-  plan.workspace_bytes = plan.groups * plan.tiles * kPartialBytes + (plan.split ? partials : 0);
+  const int64_t slot_bytes = plan.tiles * kPartialBytes;
+  const int64_t slots = std::min(std::min<int64_t>(m, plan.groups) * plan.max_segments,
+                                 kMostPartialBytes / slot_bytes);
+  plan.slots = m <= kMaxSplitRows ? static_cast<int>(slots) : 0;
+  plan.workspace_bytes = (plan.groups + slots) * slot_bytes;
   return plan;
 }
 
 int SegmentCtas(const Plan& plan, int64_t m) {
-  return plan.split ? ClusterCtas(m * plan.max_segments * plan.tiles) : 1;
+  const int64_t segments = m * plan.max_segments;
+  return segments <= plan.slots ? ClusterCtas(segments * plan.tiles) : 1;
 }
 
 absl::Status Validate(const MlaAttentionCoreParams& p, int64_t segment_tokens) {
@@ -415,7 +422,7 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
                     plan.groups,
                     static_cast<int>(p.num_heads),
                     static_cast<int>(segment_tokens / 64),
-                    plan.split,
+                    plan.slots,
                     p.rows};
   shape.heads = static_cast<int>(p.num_heads);
   shape.tiles = plan.tiles;
@@ -435,7 +442,7 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   launch.shared_bytes = static_cast<int>(sizeof(Shared));
   launch.overlaps = true;
   RETURN_IF_ERROR(Launch("MlaAttention", MlaAttention, launch, stream, queries, cache, shape));
-  if (!plan.split || plan.max_segments == 1) return absl::OkStatus();
+  if (plan.slots == 0 || plan.max_segments == 1) return absl::OkStatus();
   const int64_t items = p.m * plan.tiles * kPartialQuads;
   return LaunchDependent("MergeSegments", MergeSegments,
                          dim3(static_cast<unsigned>(std::min<int64_t>(items, kMergeCtas))),

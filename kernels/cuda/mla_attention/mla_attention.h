@@ -56,15 +56,18 @@ struct MlaAttentionCoreParams {
   int64_t max_blocks = 0;                 // row stride of block_tables
   const Bf16* cache = nullptr;            // [num_blocks, 64, 576] dense, 16-aligned
   int64_t num_blocks = 0;
-  // No position is max_context or beyond. A bound for the schedule and the workspace only.
+  // No position is max_context or beyond. A bound for the schedule and the workspace only: the
+  // closer it is, the better few rows are spread over the multiprocessors.
   int64_t max_context = 0;
   Bf16* out = nullptr;  // [m, num_heads, 512] dense, 4-aligned
   // MlaAttentionWorkspaceBytes(...) or more, 16-aligned; contents before and after do not matter.
+  // Of one launch at a time: launches that share it are on one stream.
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
 
-// What LaunchMlaAttention wants for up to `m` rows. Any thread.
+// What LaunchMlaAttention wants for up to `m` rows of up to `max_context` tokens: never less for
+// more of either. Any thread.
 int64_t MlaAttentionWorkspaceBytes(int64_t m, int64_t num_heads, int64_t max_context);
 
 // Enqueues on `stream`. Errors: INVALID_ARGUMENT for a shape or pointer that it cannot take, naming

@@ -18,7 +18,9 @@ struct MlaSchedule {
   int groups;
   int heads;
   int segment_blocks;  // 0: MlaSegmentTokens
-  bool split;          // rows may be shared among groups; m <= kMaxSplitRows
+  // Segments of rows that groups share, for which the workspace has room; 0: rows are dealt out
+  // whole, as they are where m > kMaxSplitRows.
+  int slots;
   const MlaRow* rows;
 
   // The row at a place of the order in which groups share rows. Neighbours, which often are queries
@@ -41,6 +43,7 @@ struct MlaSchedule {
 // Segments [begin, end) of a row that has `segments`.
 struct MlaWork {
   int row, begin, end, segments;
+  int first_slot;  // of the row, if it is shared
   MlaRow at;
   __device__ bool Whole() const { return begin == 0 && end == segments; }
 };
@@ -52,24 +55,46 @@ struct MlaShares {
   // Blocks of a group: a segment belongs to the group in whose share its first block lies. Shares
   // of whole segments where they are long enough, so that equal rows stay in one piece.
   int share;
+  // Whether rows are shared: their segments are written to slots, of which there may be too few.
+  bool split;
+  // The first slots of the two rows that the group has only a part of: the one that began in the
+  // group before, and the one that goes on in the next.
+  int first_slot[2];
 };
 
-// Fills `shares`. All threads of the block (at least kMaxSplitRows); ends with a barrier.
-__device__ __forceinline__ void MakeShares(const MlaSchedule& schedule, MlaShares& shares) {
+// The sum of the values of the threads up to this one, of the first kMaxSplitRows. All threads of
+// the block; contains a barrier.
+__device__ __forceinline__ int SumUpTo(int value, int (&warp_sums)[kMaxSplitRows / 32]) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 32;
-  int sum = 0;
   if (t < kMaxSplitRows) {
-    sum = t < schedule.m ? schedule.rows[schedule.RowAt(t)].position / 64 + 1 : 0;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int before = __shfl_up_sync(~0u, sum, distance);
-      if (lane >= distance) sum += before;
+      const int before = __shfl_up_sync(~0u, value, distance);
+      if (lane >= distance) value += before;
     }
-    if (lane == 31) shares.warp_sums[t / 32] = sum;
+    if (lane == 31) warp_sums[t / 32] = value;
   }
   __syncthreads();
-  if (t < schedule.m) {
-    for (int warp = 0; warp < t / 32; ++warp) sum += shares.warp_sums[warp];
+  if (t < kMaxSplitRows)
+    for (int warp = 0; warp < t / 32; ++warp) value += warp_sums[warp];
+  return value;
+}
+
+// Fills `shares` for a group; first_slots, if not null, with the first slot of each place that has
+// a shared row, else -1. All threads of the block (at least kMaxSplitRows); ends with a barrier.
+__device__ __forceinline__ void MakeShares(const MlaSchedule& schedule, int group,
+                                           MlaShares& shares, int* first_slots = nullptr) {
+  const int t = static_cast<int>(threadIdx.x);
+  if (schedule.slots == 0) {
+    if (t == 0) shares.split = false;
+    __syncthreads();
+    return;
+  }
+  const bool exists = t < schedule.m;
+  const int position = exists ? schedule.rows[schedule.RowAt(t)].position : 0;
+  const int blocks = exists ? position / 64 + 1 : 0;
+  const int sum = SumUpTo(blocks, shares.warp_sums);
+  if (exists) {
     shares.first_block[t + 1] = sum;
     if (t == 0) shares.first_block[0] = 0;
     if (t == schedule.m - 1) {
@@ -79,16 +104,30 @@ __device__ __forceinline__ void MakeShares(const MlaSchedule& schedule, MlaShare
     }
   }
   __syncthreads();
+  // A segment belongs to the group in whose share its first block lies; a row is shared if its
+  // first segment and its last belong to different ones.
+  const int first = sum - blocks, share = shares.share;
+  const int size = schedule.SegmentBlocks(position), last = first + (blocks - 1) / size * size;
+  const bool shared = exists && first / share != last / share;
+  const int segments = shared ? (blocks + size - 1) / size : 0;
+  const int slots = SumUpTo(segments, shares.warp_sums), first_slot = slots - segments;
+  if (shared) {
+    const int begin = group * share;
+    if (first < begin && begin < sum) shares.first_slot[0] = first_slot;
+    if (begin <= first && first < begin + share) shares.first_slot[1] = first_slot;
+  }
+  if (t == schedule.m - 1) shares.split = slots <= schedule.slots;
+  if (first_slots != nullptr && t < kMaxSplitRows) first_slots[t] = shared ? first_slot : -1;
+  __syncthreads();
 }
 
 // One group's work in order.
 class MlaWorkList {
  public:
-  // `shares` is only read if schedule.split.
   __device__ __forceinline__ MlaWorkList(const MlaSchedule& schedule, int group,
                                          const MlaShares& shares)
       : schedule_(schedule), shares_(shares), group_(group), place_(group) {
-    if (!schedule.split) return;
+    if (!shares.split) return;
     const int begin = group * shares.share;
     int low = 0, high = schedule.m;  // the last place that starts at or before `begin`
     while (high - low > 1) {
@@ -100,13 +139,13 @@ class MlaWorkList {
 
   __device__ __forceinline__ bool Next(MlaWork& work) {
     while (place_ < schedule_.m) {
-      work.row = schedule_.split ? schedule_.RowAt(place_) : place_;
+      work.row = shares_.split ? schedule_.RowAt(place_) : place_;
       work.at = schedule_.rows[work.row];
       const int size = schedule_.SegmentBlocks(work.at.position);
       work.segments = (work.at.position / 64 + size) / size;
       work.begin = 0;
       work.end = work.segments;
-      if (!schedule_.split) {
+      if (!shares_.split) {
         place_ += schedule_.groups;
         return true;
       }
@@ -115,6 +154,7 @@ class MlaWorkList {
       if (first >= end) return false;
       work.begin = first >= begin ? 0 : (begin - first + size - 1) / size;
       work.end = min(work.segments, (end - first + size - 1) / size);
+      work.first_slot = shares_.first_slot[work.begin == 0];
       if (work.begin < work.end) return true;
     }
     return false;
@@ -126,14 +166,5 @@ class MlaWorkList {
   const int group_;
   int place_;
 };
-
-// Whether the segments of the row at a place were computed by more than one group.
-__device__ __forceinline__ bool IsShared(const MlaSchedule& schedule, const MlaShares& shares,
-                                         int place) {
-  const int size = schedule.SegmentBlocks(schedule.rows[schedule.RowAt(place)].position);
-  const int first = shares.first_block[place], blocks = shares.first_block[place + 1] - first;
-  const int last = first + (blocks - 1) / size * size;
-  return first / shares.share != last / shares.share;
-}
 
 }  // namespace moebius::kernels::cuda

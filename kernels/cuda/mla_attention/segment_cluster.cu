@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(2 * 128) MergeSlots(const __grid_constant__ Sh
   WaitForPrecedingKernel();
   LetNextKernelStart();
   if (segments == 1) return;
-  MergeQuads(shape, row, static_cast<int>(blockIdx.y), segments,
+  MergeQuads(shape, row, static_cast<int>(blockIdx.y), row * shape.max_segments, segments,
              static_cast<int>(threadIdx.x) / 128, static_cast<int>(blockIdx.x),
              static_cast<int>(threadIdx.x) % 128);
 }

@@ -9,7 +9,6 @@ namespace moebius::kernels::cuda {
 
 class SegmentCursor {
  public:
-  // `shares` is only read if schedule.split.
   __device__ __forceinline__ SegmentCursor(const MlaSchedule& schedule, int group,
                                            const MlaShares& shares)
       : schedule_(schedule), list_(schedule, group, shares) {}

@@ -3,6 +3,7 @@
 // What a warpgroup does at the end of a segment: the sums of both, and the chain of segments of a
 // row, through device memory.
 
+#include "kernels/cuda/mla_attention/segment_cursor.cuh"
 #include "kernels/cuda/mla_attention/tile.cuh"
 
 namespace moebius::kernels::cuda {
@@ -39,18 +40,17 @@ __device__ __forceinline__ float4 Quad(const Output& o, int i) {
 __device__ __forceinline__ float4* Chain(const Shape& shape, int half) {
   return shape.chains + (int64_t{blockIdx.y * gridDim.x + blockIdx.x} * 2 + half) * kPartialHalf;
 }
-__device__ __forceinline__ float4* Slot(const Shape& shape, int row, int segment, int half) {
-  return shape.segments +
-         (((int64_t{row} * shape.max_segments + segment) * shape.tiles + Tile()) * 2 + half) *
-             kPartialHalf;
+__device__ __forceinline__ float4* Slot(const Shape& shape, int slot, int half) {
+  return shape.segments + ((int64_t{slot} * shape.tiles + Tile()) * 2 + half) * kPartialHalf;
 }
 
 // The output of a row, of the segments in its slots: a quad of each of 128 threads.
-__device__ __forceinline__ void MergeQuads(const Shape& shape, int row, int tile, int segments,
-                                           int half, int quad, int thread) {
+__device__ __forceinline__ void MergeQuads(const Shape& shape, int row, int tile, int first_slot,
+                                           int segments, int half, int quad, int thread) {
+  if (16 * (thread / 32) >= shape.heads - 64 * tile) return;  // no heads, and nothing stored
   const int64_t stride = shape.tiles * 2 * kPartialHalf;
-  const float4* const from = shape.segments + int64_t{row} * shape.max_segments * stride +
-                             (tile * 2 + half) * kPartialHalf;
+  const float4* const from =
+      shape.segments + first_slot * stride + (tile * 2 + half) * kPartialHalf;
   MlaHeadState state = LoadState(from, thread);
   float4 a = from[quad * 128 + thread];
   constexpr int kBatch = 8;  // loads in flight
@@ -109,9 +109,15 @@ __device__ __forceinline__ bool HasHeads(const Shape& shape, int warp) {
 }
 
 struct SegmentEnd {
-  int row, segment;
-  bool whole;  // the CTA computes all of the row
-  bool last;   // of the work
+  __device__ __forceinline__ static SegmentEnd Of(const SegmentCursor& at) {
+    const MlaWork& work = at.work();
+    return {work.Whole() ? work.row : work.first_slot + at.segment(), at.segment() > 0,
+            work.Whole(), at.LastOfWork()};
+  }
+  int to;       // the row, or the slot of the segment of a shared one
+  bool merges;  // with the segments before
+  bool whole;   // the CTA computes all of the row
+  bool last;    // of the work
 };
 
 // What becomes of a segment's output: part of the chain, a slot of a shared row, or the row.
@@ -122,11 +128,11 @@ __device__ __forceinline__ void FinishSegment(const Shared& s, const Shape& shap
   asm volatile("" : "+r"(thread));  // addresses made here, not kept through the loops
   TakeSums(s, parity, half, row, state);
   if (!HasHeads(shape, thread / 32)) return;
-  float4* const to = end.whole ? Chain(shape, half) : Slot(shape, end.row, end.segment, half);
-  if (end.whole && end.segment > 0) MergeChain(to, thread, o, state);
+  float4* const to = end.whole ? Chain(shape, half) : Slot(shape, end.to, half);
+  if (end.whole && end.merges) MergeChain(to, thread, o, state);
   if (end.whole && end.last) {
     const float inverse[2] = {__frcp_rn(state.sum[0]), __frcp_rn(state.sum[1])};
-    const MlaOutput out{shape.out + (int64_t{end.row} * shape.heads + Tile() * 64) * kMlaLatentRank,
+    const MlaOutput out{shape.out + (int64_t{end.to} * shape.heads + Tile() * 64) * kMlaLatentRank,
                         min(64, shape.heads - Tile() * 64)};
 #pragma unroll
     for (int i = 0; i < kPartialQuads; ++i) StoreQuad(out, half, i, thread, Quad(o, i), inverse);

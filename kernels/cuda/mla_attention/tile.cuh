@@ -55,7 +55,7 @@ struct Shape {
   float scale_log2;  // softmax_scale * log2(e)
   uint16_t* out;
   float4* chains;    // [CTAs] partial results
-  float4* segments;  // [m, max_segments, tiles] partial results of shared rows
+  float4* segments;  // [slots, tiles] partial results of segments of shared rows
   int max_segments;
 };
 

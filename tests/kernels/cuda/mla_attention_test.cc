@@ -247,14 +247,7 @@ class Whole {
     std::copy_n(rows.begin(), kRows, rows.begin() + kRows);
     q_.Upload(q);
     rows_.Upload(rows);
-    int64_t bytes = 0;
-    for (const int64_t segment_tokens : {0, 512}) {
-      for (int64_t m = 1; m <= kRows; ++m) {
-        bytes = std::max(bytes, MlaAttentionWorkspaceBytesWithSegments(m, kHeads, first + kRows,
-                                                                       segment_tokens));
-      }
-    }
-    Workspace(bytes);
+    Workspace(MlaAttentionWorkspaceBytesWithSegments(kRows, kHeads, first + kRows, 512));
     expected_ = Run(0, kRows, 0);
   }
 
@@ -328,6 +321,27 @@ TEST_F(MlaAttentionTest, ChunksOfACallGiveTheBitsOfTheWhole) {
     const int64_t different = whole.Different(16, 0, 512);
     std::printf("%ld of %ld rows differ with another split\n", different, Whole::kRows);
     EXPECT_GT(different, Whole::kRows / 2);
+  }
+}
+
+// More segments of shared rows than the workspace has slots for: rows are dealt out whole instead.
+TEST_F(MlaAttentionTest, ChunksOfMoreSegmentsThanSlotsGiveTheSameBits) {
+  Whole whole(60'000);
+  for (const int64_t chunk : {16, 40}) {  // 59 segments a row, 2,032 slots
+    EXPECT_EQ(whole.Different(chunk, 0), 0) << "calls of " << chunk << " rows";
+  }
+}
+
+TEST_F(MlaAttentionTest, AWorkspaceServesSmallerCalls) {
+  for (const int64_t heads : {16, 64, 128}) {
+    for (const int64_t context : {1, 4096, 6144, 6145, 131'072}) {
+      for (const int64_t m : {1, 2, 15, 16, 66, 132, 256, 257, 4096}) {
+        const int64_t bytes = MlaAttentionWorkspaceBytes(m, heads, context);
+        EXPECT_LE(bytes, MlaAttentionWorkspaceBytes(m + 1, heads, context)) << m << " rows";
+        EXPECT_LE(bytes, MlaAttentionWorkspaceBytes(m, heads, context + 1)) << context << " tokens";
+        EXPECT_LE(bytes, int64_t{1} << 30);
+      }
+    }
   }
 }
 
