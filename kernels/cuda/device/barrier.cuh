@@ -55,18 +55,6 @@ __device__ __forceinline__ void BarrierArriveMany(uint64_t* barrier, uint32_t co
                "r"(count)
                : "memory");
 }
-// Whether the phase of `parity` has completed, without waiting.
-__device__ __forceinline__ bool BarrierTest(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // True in one lane of the warp, which must be whole.
 __device__ __forceinline__ bool ElectLane() {
   uint32_t elected;
@@ -75,7 +63,7 @@ __device__ __forceinline__ bool ElectLane() {
   return elected != 0;
 }
 
-// Whether it has: BarrierWait without waiting.
+// Whether the phase of `parity` has completed, without waiting.
 __device__ __forceinline__ bool BarrierHasPassed(uint64_t* barrier, uint32_t parity) {
   uint32_t passed;
   asm volatile(
@@ -115,24 +103,6 @@ __device__ __forceinline__ void TmaPrefetch2d(const CUtensorMap* map, int32_t x,
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x),
                "r"(y)
                : "memory");
-}
-__device__ __forceinline__ void TmaLoad3d(void* to, const CUtensorMap* map, uint64_t* barrier,
-                                          int32_t x, int32_t y, int32_t z, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(x), "r"(y), "r"(z), "l"(policy)
-      : "memory");
-}
-// Copies `bytes` (a multiple of 16, both sides 16-aligned) to shared memory; completes on
-// `barrier`.
-__device__ __forceinline__ void BulkLoad(void* to, const void* from, uint32_t bytes,
-                                         uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(to)),
-      "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
 }
 
 // A barrier among `threads` threads of the block (bar.sync), `id` in 1..15.

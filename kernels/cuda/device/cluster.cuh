@@ -12,12 +12,8 @@
 
 namespace moebius::kernels::cuda {
 
-// ClusterBarrier in two halves: what a thread wrote before it arrives is seen by those that waited.
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-// The same where nothing but barriers was made before (BarrierInitFence): the release of all memory
-// costs hundreds of cycles.
+// ClusterBarrier in two halves, where nothing but barriers was made before (BarrierInitFence): the
+// release of all memory costs hundreds of cycles.
 __device__ __forceinline__ void ClusterArriveRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -65,7 +61,8 @@ __device__ __forceinline__ void StoreAsync(uint32_t to, const float (&v)[2], uin
       "f"(v[0]), "f"(v[1]), "r"(barrier)
       : "memory");
 }
-// BulkLoad into every CTA whose bit is set in `ctas`, each counting on its own barrier.
+// Copies `bytes` (a multiple of 16, both sides 16-aligned) from memory to the shared memory of
+// every CTA whose bit is set in `ctas`, each counting on its own barrier.
 __device__ __forceinline__ void BulkLoadTo(uint16_t ctas, void* to, const void* from,
                                            uint32_t bytes, uint64_t* barrier) {
   asm volatile(

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "base/float_formats.h"
+#include "kernels/cuda/device/bf16.cuh"
 #include "kernels/cuda/mla_attention/mla_attention.h"
 
 namespace moebius::kernels::cuda {
@@ -26,12 +27,6 @@ __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
 }
 
 __device__ __forceinline__ void StoreState(float4* half, int thread, const MlaHeadState& s) {
@@ -78,11 +73,11 @@ __device__ __forceinline__ void StoreQuad(const MlaOutput& out, int half, int qu
   uint16_t* const to = out.row + head * kMlaLatentRank + 256 * half + 8 * quad + 2 * (thread % 4);
   if (head < out.heads) {
     *reinterpret_cast<uint32_t*>(to) =
-        PackBf16(__fmul_rn(a.x, inverse_sum[0]), __fmul_rn(a.y, inverse_sum[0]));
+        RoundNumbersToBf16Pair(__fmul_rn(a.x, inverse_sum[0]), __fmul_rn(a.y, inverse_sum[0]));
   }
   if (head + 8 < out.heads) {
     *reinterpret_cast<uint32_t*>(to + 8 * kMlaLatentRank) =
-        PackBf16(__fmul_rn(a.z, inverse_sum[1]), __fmul_rn(a.w, inverse_sum[1]));
+        RoundNumbersToBf16Pair(__fmul_rn(a.z, inverse_sum[1]), __fmul_rn(a.w, inverse_sum[1]));
   }
 }
 

@@ -241,6 +241,7 @@ __device__ __forceinline__ void Sum(typename Cluster<kCtas>::Shared& s, const Se
     totals[r] = __fadd_rn(sums[r][0], sums[r][1]);
     if (g.only) SendTotal<kCtas>(s, rank * C::kRows + 8 * r + lane / 4, totals[r]);
   }
+  __syncwarp();
   ClusterArriveRelaxed();
   ClusterWait();
   if (g.only) return;
@@ -278,8 +279,10 @@ __device__ __forceinline__ void Compute(typename Cluster<kCtas>::Shared& s, cons
       KeepRegisters(scores);
     }
     // A CTA without a block waits for the queries all the same, and says so by sending something:
-    // probabilities of others may take the place of the queries.
+    // probabilities of others may take the place of the queries. It has no keys that would come
+    // only when all are through with the pass before, whose largest scores it overwrites.
     if (group == 0 && mine >= count) {
+      if (pass > 0) BarrierWait(&s.passed, (pass - 1) % 2);
       for (int box = 0; box < kBoxes; ++box)
         BarrierWait(&s.q_full[box], C::kKeepsQueries ? 0 : pass % 2);
     }
@@ -372,6 +375,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   WaitForPrecedingKernel();
   LetNextKernelStart();
   if (threadIdx.x == 0) LoadQueries(s, queries, shape, row, tile);  // while others look the row up
+  __syncwarp();
   const Segment g = SegmentOf(shape, row, segment, tile);
   ClusterWait();
   if (g.blocks == 0) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/device/barrier.cuh"
+#include "kernels/cuda/device/bf16.cuh"
 #include "kernels/cuda/device/store_matrix.cuh"
 #include "kernels/cuda/device/wgmma.cuh"
 #include "kernels/cuda/mla_attention/partial.cuh"
@@ -184,8 +185,8 @@ __device__ __forceinline__ void Probabilities(const float (&scores)[32], uint32_
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float* const x = scores + 4 * j + 2 * r;
-      const uint32_t pair = PackBf16(Exp2(__fmaf_rn(x[0], scale_log2, -anchor[r])),
-                                     Exp2(__fmaf_rn(x[1], scale_log2, -anchor[r])));
+      const uint32_t pair = RoundNumbersToBf16Pair(Exp2(__fmaf_rn(x[0], scale_log2, -anchor[r])),
+                                                   Exp2(__fmaf_rn(x[1], scale_log2, -anchor[r])));
       p[j / 2][j % 2 * 2 + r] = pair;
       sum[r] = __fadd_rn(
           sum[r], __fadd_rn(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)));
