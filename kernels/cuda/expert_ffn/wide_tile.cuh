@@ -96,7 +96,9 @@ __device__ __forceinline__ void MultiplyWideTile(FfnShared& shared, StageCursor&
     weights += step;
     rows += step;
     const bool more = block + 1 < blocks;
-    const bool ready = more && BarrierHasPassed(&shared.full[cursor.stage], cursor.parity);
+    // Lanes ask one after another, if at all, and must agree.
+    const bool ready = __all_sync(
+        0xffffffffu, more && BarrierHasPassed(&shared.full[cursor.stage], cursor.parity));
     if (ready) take_stage(cursor.stage);
     WgmmaWait<0>();
     KeepRegisters(part);

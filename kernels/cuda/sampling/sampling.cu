@@ -156,7 +156,10 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   SamplingParams params;
   if (kDraw) params = rows.params[at];
   const bool greedy = !kDraw || !(params.temperature > 0.0f);
-  row.factor = greedy ? kLog2E : fminf(__fdiv_rn(kLog2E, params.temperature), 1e30f);
+  // Never 0, as an infinite temperature would have it: what is left out is -infinity, times 0 NaN.
+  constexpr float kSmallest = 1.4e-45f;
+  row.factor =
+      greedy ? kLog2E : fminf(fmaxf(__fdiv_rn(kLog2E, params.temperature), kSmallest), 1e30f);
   row.slice.batches_kept = greedy                               ? kMostKept
                            : row.slice.Batches() <= kFewBatches ? kMostKeptBesideLists
                                                                 : 1;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -374,6 +375,25 @@ TEST_F(SamplingTest, PoisonIsChosenLastAndNeverLeavesTheRow) {
     }
     EXPECT_TRUE(std::isnan(drawn.logprobs[i])) << i;
   }
+}
+
+TEST_F(SamplingTest, AnInfiniteTemperatureDrawsAsTheLargestOne) {
+  constexpr int64_t kVocab = 1001;
+  Prng random(15);
+  std::vector<float> row = RandomRow(random, kVocab, Shape::kNormal);
+  row[7] = -INFINITY;
+  std::array<Batch, 2> batches;
+  for (Batch& batch : batches) batch.vocab = batch.stride = kVocab;
+  for (uint64_t i = 0; i < 200; ++i) {
+    batches[0].Add(row, {.temperature = INFINITY, .seed = 3}, i);
+    batches[1].Add(row, {.temperature = FLT_MAX, .seed = 3}, i);
+  }
+  const Drawn infinite = Runner(batches[0]).Draw(batches[0]);
+  const Drawn largest = Runner(batches[1]).Draw(batches[1]);
+  EXPECT_EQ(HashOf(infinite.tokens), HashOf(largest.tokens));
+  EXPECT_EQ(HashOf(infinite.logprobs), HashOf(largest.logprobs));
+  for (const TokenId token : infinite.tokens)
+    EXPECT_LT(static_cast<int64_t>(token), kVocab) << "a token that does not exist";
 }
 
 TEST_F(SamplingTest, GivenTokensHaveTheBitsThatADrawHas) {
