@@ -58,7 +58,8 @@ void Measure(Report& report, const Layer& layer, int64_t m) {
   } else if (m == 4096) {
     row.aim_us = 1.15 * layer.cublas_us;
   }
-  row.peer = peer > 0 ? absl::StrFormat("cuBLASLt %.1f", peer) : absl::StrCat("cuBLASLt: ", why);
+  row.peer = peer > 0 ? absl::StrFormat("cuBLASLt %.1f (its launches do not overlap)", peer)
+                      : absl::StrCat("cuBLASLt: ", why);
   for (const bool resident : {false, true}) {
     params.weights_resident = resident;
     row.shape = absl::StrCat(n, " x ", k, ", M=", m, resident ? ", weights ahead" : "");

@@ -15,7 +15,7 @@ sanitize() {
   # the host read what no kernel was to write: only what kernels read counts.
   export MOEBIUS_TEST_BUFFERS=exact
   if [ "$tool" = initcheck ]; then MOEBIUS_TEST_BUFFERS=bare options="--check-api-memory-access no"; fi
-  timeout 300 compute-sanitizer --tool "$tool" $options --error-exitcode 9 "./$test" --gtest_filter="$SHORT" >"$log" 2>&1
+  timeout 100 compute-sanitizer --tool "$tool" $options --error-exitcode 9 "./$test" --gtest_filter="$SHORT" >"$log" 2>&1
   local status=$?
   ran=$(grep -cE '^\[       OK \]' "$log")
   if [ "$tool" = initcheck ] && grep -q '^\[  FAILED  \]' "$log"; then status="0 but for the filling"; fi

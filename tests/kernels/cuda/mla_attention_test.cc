@@ -479,10 +479,9 @@ TEST_F(MlaAttentionTest, OutputsAreLeftAloneUntilTheKernelInFrontHasReadThem) {
         LaunchMlaAttention(call.params, nullptr));  // a first launch may wait for others
     const uint64_t expected = HashOf(out.Download());
     const auto run_behind_reader = [&](void* memory, size_t bytes, const char* what) {
-      ExpectCudaOk(cudaMemset(memory, 0xcd, bytes), what);
       const LateReader reader(memory, bytes);
       ASSERT_STATUS_OK(LaunchMlaAttention(call.params, nullptr));
-      EXPECT_TRUE(reader.FoundItAsItWas()) << heads << " heads, " << what;
+      EXPECT_TRUE(reader.FoundTheFilling()) << heads << " heads, " << what;
       EXPECT_EQ(HashOf(out.Download()), expected) << heads << " heads, " << what;
     };
     run_behind_reader(out.get(), out.count() * sizeof(Bf16), "output");
@@ -513,8 +512,8 @@ TEST_F(MlaAttentionTest, EveryNumberOfCtasGivesOneResult) {
 // of both sizes. The whole call has single CTAs, its parts have clusters.
 TEST_F(MlaAttentionTest, ClustersGiveTheSameBitsAsSingleCtas) {
   for (const int64_t heads : {16, 100, 128}) {
-    const std::vector<int64_t> contexts = {1,    64,   65,   129,  448,  513,  576,
-                                           1024, 1025, 1100, 2048, 2049, 3136, 4096,
+    const std::vector<int64_t> contexts = {1,    64,   65,   129,  300,  448,  513,  576,
+                                           577,  1024, 1025, 1100, 2048, 2049, 3136, 4096,
                                            4097, 6144, 6145, 7168, 7169, 8192, 8300};
     Cache cache(contexts, 14, 15 + static_cast<uint64_t>(heads));
     cache.Upload();
@@ -538,11 +537,15 @@ TEST_F(MlaAttentionTest, ClustersGiveTheSameBitsAsSingleCtas) {
     }
     const std::vector<Bf16> expected = Attend(cache, rows, heads, q);
     int64_t different = 0;
-    for (const int64_t chunk : {1, 2}) {
+    // In calls of 3 and 8 short rows too have clusters of four and two: the last pass over 9, 10 or
+    // 17 blocks then leaves CTAs without one.
+    for (const int64_t chunk : {1, 2, 3, 8}) {
       for (int64_t row = 0; row < m; row += chunk) {
         const int64_t count = std::min(chunk, m - row);
         const std::vector<MlaRow> few(rows.begin() + row, rows.begin() + row + count);
-        ASSERT_GT(MlaSegmentCtas(count, heads, 8300), 1);
+        if (chunk <= 2) {
+          ASSERT_GT(MlaSegmentCtas(count, heads, 8300), 1);
+        }
         const std::vector<Bf16> out =
             Attend(cache, few, heads,
                    std::vector<Bf16>(q.begin() + row * heads * kDim,
@@ -551,7 +554,7 @@ TEST_F(MlaAttentionTest, ClustersGiveTheSameBitsAsSingleCtas) {
           different += HashOfRow(out, heads, i) != HashOfRow(expected, heads, row + i);
       }
     }
-    EXPECT_EQ(different, 0) << "of " << 2 * m << " rows of " << heads << " heads";
+    EXPECT_EQ(different, 0) << "of " << 4 * m << " rows of " << heads << " heads";
   }
 }
 

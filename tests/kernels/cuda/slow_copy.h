@@ -25,16 +25,16 @@ class LateInput {
   DeviceBuffer<uint8_t> contents_;
 };
 
-// Has memory read late, by a kernel in front of what is launched next, on the default stream: what
-// that overwrites may not change before.
+// Fills memory and has it read late, by a kernel in front of what is launched next, on the default
+// stream: what that overwrites may not change before.
 class LateReader {
  public:
-  LateReader(const void* memory, size_t bytes);
-  // Whether the late kernel found what the memory held at construction. Waits for it.
-  bool FoundItAsItWas() const;
+  LateReader(void* memory, size_t bytes);
+  // Whether the late kernel found nothing but the filling. Waits for it.
+  bool FoundTheFilling() const;
 
  private:
-  DeviceBuffer<uint8_t> before_, found_;
+  DeviceBuffer<uint8_t> found_;
 };
 
 }  // namespace moebius::kernels::cuda
