@@ -32,7 +32,7 @@ __device__ __forceinline__ void BarrierWaitForCluster(uint64_t* barrier, uint32_
 }
 // Arrives on `barrier` of CTA `rank` of the cluster. Orders nothing for that CTA's threads (a
 // release to the cluster would wait for all loads under way): it says that shared memory has been
-// read.
+// read, so what was read must have been used before, not only asked for.
 __device__ __forceinline__ void BarrierArriveAt(uint64_t* barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                    ClusterAddress(SharedAddress(barrier), rank))

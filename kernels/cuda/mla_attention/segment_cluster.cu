@@ -327,6 +327,7 @@ __device__ __forceinline__ void Compute(typename Cluster<kCtas>::Shared& s, cons
     return make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
   };
   if (g.only) BarrierWaitForCluster(&s.totals_full, 0);
+  __syncwarp();
   ClusterArriveRelaxed();  // all have the probabilities, which lie where results go
   ClusterWait();
   if (16 * (thread / 32) >= shape.heads - 64 * g.tile) return;

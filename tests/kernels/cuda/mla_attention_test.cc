@@ -393,13 +393,12 @@ TEST_F(MlaAttentionTest, ARowHasTheSameBitsAmongAnyNeighboursAndPages) {
 TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
   constexpr int64_t kHeads = 128;
   // Of 17 and 10 blocks a cluster's last pass leaves CTAs without one.
-  const std::vector<int64_t> contexts = {3000, 1030, 1500, 577, 2500};
+  const std::vector<int64_t> contexts = {1030, 3000, 1500, 577, 2500};
   Cache cache(contexts, 9, 10);
   cache.Upload();
   // Clusters of every size for a segment, rows shared by CTAs, and rows that each have one.
   for (const auto& [m, ctas] : {std::pair<size_t, int>{1, 8}, {6, 4}, {12, 2}, {32, 1}, {150, 1}}) {
     SCOPED_TRACE(m);
-    ASSERT_EQ(MlaSegmentCtas(static_cast<int64_t>(m), kHeads, contexts[0]), ctas);
     std::vector<MlaRow> rows;
     for (size_t i = 0; i < m; ++i) {
       const size_t sequence = i % contexts.size();
@@ -407,6 +406,7 @@ TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
           {static_cast<int32_t>(contexts[sequence] - 1), static_cast<int32_t>(sequence)});
     }
     Call call(cache, rows, kHeads, RandomQueries(static_cast<int64_t>(m), kHeads, 11));
+    ASSERT_EQ(MlaSegmentCtas(call.params.m, kHeads, call.params.max_context), ctas);
     const DeviceBuffer<Bf16> out(call.out_size), other(call.out_size);
     ExpectEqualLaunches({{{{out.get(), 2 * call.out_size}}, {{other.get(), 2 * call.out_size}}}},
                         [&](int set, cudaStream_t stream) {
