@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/status.h"
@@ -346,37 +347,25 @@ int SegmentCtas(const Plan& plan, int64_t m) {
 }
 
 absl::Status Validate(const MlaAttentionCoreParams& p, int64_t segment_tokens) {
-  const auto bad = [](const char* field, int64_t value) {
-    return absl::InvalidArgumentError(absl::StrCat("MlaAttention: ", field, " is ", value));
-  };
+  constexpr const char* kOp = "MlaAttention";
   constexpr int64_t kMost = int64_t{1} << 22;  // rows of q and of the cache are int32
-  if (p.m < 0 || p.m > kMost) return bad("m", p.m);
-  if (p.num_heads < 1 || p.num_heads > kMlaMaxHeads) return bad("num_heads", p.num_heads);
-  if (p.num_blocks < 1 || p.num_blocks > kMost) return bad("num_blocks", p.num_blocks);
-  if (p.max_context < 1 || p.max_context > kMost) return bad("max_context", p.max_context);
-  if (p.max_blocks * 64 < p.max_context) return bad("max_blocks", p.max_blocks);
-  if (segment_tokens < 0 || segment_tokens % 128 != 0 || segment_tokens > kMost)
-    return bad("segment_tokens", segment_tokens);
-  if (!(p.softmax_scale > 0) || p.softmax_scale > 1e30f) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("MlaAttention: softmax_scale is ", p.softmax_scale));
-  }
-  const auto misaligned = [](const void* pointer, size_t alignment) {
-    return pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % alignment != 0;
-  };
-  for (const auto& [name, pointer, alignment] :
-       {std::tuple<const char*, const void*, size_t>{"q", p.q, 16},
-        {"cache", p.cache, 16},
-        {"workspace", p.workspace, 16},
-        {"rows", p.rows, alignof(MlaRow)},
-        {"block_tables", p.block_tables, 4},
-        {"out", p.out, 4}}) {
-    if (misaligned(pointer, alignment)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("MlaAttention: ", name, " is null or not aligned to ", alignment));
-    }
-  }
-  return absl::OkStatus();
+  RETURN_IF_ERROR(CheckRange(kOp, "m", p.m, 0, kMost));
+  RETURN_IF_ERROR(CheckRange(kOp, "num_heads", p.num_heads, 1, kMlaMaxHeads));
+  RETURN_IF_ERROR(CheckRange(kOp, "num_blocks", p.num_blocks, 1, kMost));
+  RETURN_IF_ERROR(CheckRange(kOp, "max_context", p.max_context, 1, kMost));
+  RETURN_IF_ERROR(CheckRange(kOp, "max_blocks", p.max_blocks, (p.max_context + 63) / 64, kMost));
+  RETURN_IF_ERROR(CheckRange(kOp, "segment_tokens", segment_tokens, 0, kMost));
+  if (segment_tokens % 128 != 0)
+    return Refuse(
+        kOp, absl::StrCat("segment_tokens is ", segment_tokens, ", not whole pairs of blocks"));
+  if (!(p.softmax_scale > 0) || p.softmax_scale > 1e30f)
+    return Refuse(kOp, absl::StrCat("softmax_scale is ", p.softmax_scale));
+  RETURN_IF_ERROR(CheckPointer(kOp, "q", p.q, 16));
+  RETURN_IF_ERROR(CheckPointer(kOp, "cache", p.cache, 16));
+  RETURN_IF_ERROR(CheckPointer(kOp, "workspace", p.workspace, 16));
+  RETURN_IF_ERROR(CheckPointer(kOp, "rows", p.rows, alignof(MlaRow)));
+  RETURN_IF_ERROR(CheckPointer(kOp, "block_tables", p.block_tables, 4));
+  return CheckPointer(kOp, "out", p.out, 4);
 }
 
 }  // namespace
