@@ -49,6 +49,8 @@ class AttentionActor::Impl {
   // Requests.
   void Accept(Submit request, runtime::Context& context);
   void Refuse(const Submit& request, absl::Status status);
+  // With an event that has a reason and no token.
+  void EndAtOnce(const Submit& request, FinishReason reason);
   void EndEarly(Sequence* sequence, FinishReason reason, absl::Status status,
                 runtime::Context& context);
   void Finish(Sequence* sequence, runtime::Context& context);
@@ -140,6 +142,8 @@ void AttentionActor::Impl::OnPosted(std::any& body, runtime::Context& context) {
     if (Sequence* sequence = scheduler_.Find(cancel->request)) {
       EndEarly(sequence, FinishReason::kCancelled, absl::CancelledError("cancelled"), context);
     }
+  } else if (auto* ping = std::any_cast<Ping>(&body)) {
+    if (ping->on_pong) ping->on_pong();
   } else if (auto* drain = std::any_cast<Drain>(&body)) {
     draining_ = true;
     if (drain->on_drained) on_drained_.push_back(std::move(drain->on_drained));
@@ -160,6 +164,15 @@ void AttentionActor::Impl::Refuse(const Submit& request, absl::Status status) {
   request.on_token(event);
 }
 
+void AttentionActor::Impl::EndAtOnce(const Submit& request, FinishReason reason) {
+  ++counters_.local.requests;
+  TokenEvent event;
+  event.request = request.request;
+  event.index = request.generated.size();
+  event.finish_reason = reason;
+  if (request.on_token) request.on_token(event);
+}
+
 void AttentionActor::Impl::Accept(Submit request, runtime::Context& context) {
   if (!backend_status_.ok()) return Refuse(request, backend_status_);
   if (draining_) return Refuse(request, absl::UnavailableError("this worker is draining"));
@@ -170,12 +183,7 @@ void AttentionActor::Impl::Accept(Submit request, runtime::Context& context) {
     return Refuse(request, absl::AlreadyExistsError("request: this id is aboard already"));
   }
   if (!request.on_score && request.max_tokens == 0) {
-    ++counters_.local.requests;
-    TokenEvent event;
-    event.request = request.request;
-    event.finish_reason = FinishReason::kLength;
-    if (request.on_token) request.on_token(event);
-    return;
+    return EndAtOnce(request, FinishReason::kLength);
   }
 
   auto sequence = std::make_unique<Sequence>();
@@ -185,6 +193,8 @@ void AttentionActor::Impl::Accept(Submit request, runtime::Context& context) {
   // Everything the sequence will ever need, so that its steps allocate nothing.
   sequence->tokens.reserve(sequence->max_length);
   sequence->tokens.assign(request.prompt.begin(), request.prompt.end());
+  sequence->tokens.insert(sequence->tokens.end(), request.generated.begin(),
+                          request.generated.end());
   sequence->block_table.reserve(BlocksForTokens(sequence->max_length));
   sequence->sampling = request.sampling;
   sequence->ignore_eos = request.ignore_eos;
@@ -194,6 +204,20 @@ void AttentionActor::Impl::Accept(Submit request, runtime::Context& context) {
   sequence->on_score = std::move(request.on_score);
   if (!request.stop_strings.empty()) {
     sequence->stop = StopMatcher(std::move(request.stop_strings));
+  }
+  // Whoever asks may have lost the last event: then there is nothing left to do but to repeat it.
+  // The matcher sees every token, so that a stop string may lie across the border.
+  FinishReason ended = FinishReason::kNone;
+  for (const TokenId token : request.generated) {
+    if (EndsWithStop(*sequence, token)) ended = FinishReason::kStop;
+  }
+  if (ended == FinishReason::kNone && !request.generated.empty() &&
+      sequence->length() >= sequence->max_length) {
+    ended = FinishReason::kLength;
+  }
+  if (ended != FinishReason::kNone) {
+    request.on_token = std::move(sequence->on_token);
+    return EndAtOnce(request, ended);
   }
   Sequence* accepted = sequence.get();
   if (!scheduler_.Enqueue(sequence)) {

@@ -8,10 +8,11 @@
 //   node.AddActor(runtime::kAttentionWorker, &actor);
 //   node.Post(address, Submit{...});
 //
-// Receives (attention_worker/generation.h): Posted{Submit}, Posted{Cancel}, Posted{Drain},
-// Posted{RouterUpdate}; from the router kRouteReply frames. A step is one pass of up to
-// max_step_tokens rows through all layers: compute runs beside the loop (Context::Submit), MoE rows
-// go to the router (proto/wire/route.h) while the shared expert is computed. One step at a time.
+// Receives (attention_worker/generation.h): Posted{Submit}, Posted{Cancel}, Posted{Ping},
+// Posted{Drain}, Posted{RouterUpdate}; from the router kRouteReply frames. A step is one pass of up
+// to max_step_tokens rows through all layers: compute runs beside the loop (Context::Submit), MoE
+// rows go to the router (proto/wire/route.h) while the shared expert is computed. One step at a
+// time.
 //
 // Exactness: each token is a function of the model and its own sequence (docs/exactness.md);
 // batching, chunk size, preemption, the router's place and retries never reach the bits.

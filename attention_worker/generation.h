@@ -54,6 +54,10 @@ struct ScoreEvent {
 struct Submit {
   RequestId request;
   std::vector<TokenId> prompt;  // resolved ids, not empty, already within vocabulary and context
+  // Tokens of this request that another worker has generated and told already: the stream goes on
+  // behind them, to the same bits, and its first event has their number as its index. They count
+  // towards max_tokens. Not for score requests.
+  std::vector<TokenId> generated;
   kernels::SamplingParams sampling;
   uint64_t max_tokens = 0;
   std::vector<std::string> stop_strings;  // need a tokenizer; the match ends the stream
@@ -69,6 +73,11 @@ struct Submit {
 // Frees the request's blocks at once; its stream ends with kCancelled. Unknown ids are ignored.
 struct Cancel {
   RequestId request;
+};
+
+// Answered from the loop at once: it runs.
+struct Ping {
+  std::function<void()> on_pong;
 };
 
 // Refuse new requests, finish those aboard, then call `on_drained` (once, on the loop thread).

@@ -3,21 +3,28 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "attention_worker/kv_block_pool.h"
 #include "base/status_macros.h"
 
 namespace moebius::attention_worker {
 namespace {
 
+absl::Status CheckIds(const std::vector<TokenId>& ids, absl::string_view field,
+                      const RequestLimits& limits) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= limits.vocab_size) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(field, "[", i, "]: token id outside [0, ", limits.vocab_size, ")"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckPrompt(const Submit& request, const RequestLimits& limits) {
   const auto length = static_cast<int64_t>(request.prompt.size());
   if (length == 0) return absl::InvalidArgumentError("prompt: is empty");
-  for (int64_t i = 0; i < length; ++i) {
-    if (request.prompt[i] < 0 || request.prompt[i] >= limits.vocab_size) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("prompt[", i, "]: token id outside [0, ", limits.vocab_size, ")"));
-    }
-  }
+  RETURN_IF_ERROR(CheckIds(request.prompt, "prompt", limits));
   // Generating needs a place for one token at least.
   const bool generates = !request.on_score && request.max_tokens > 0;
   const int64_t longest = limits.max_context - (generates ? 1 : 0);
@@ -31,6 +38,24 @@ absl::Status CheckPrompt(const Submit& request, const RequestLimits& limits) {
                                                      limits.num_blocks));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckGenerated(const Submit& request, const RequestLimits& limits) {
+  const size_t count = request.generated.size();
+  if (count == 0) return absl::OkStatus();
+  if (request.on_score) {
+    return absl::InvalidArgumentError("generated: must be empty for a score request");
+  }
+  if (count > request.max_tokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("generated: ", count, " tokens, max_tokens is ", request.max_tokens));
+  }
+  if (static_cast<int64_t>(request.prompt.size() + count) > limits.max_context) {
+    return absl::OutOfRangeError(absl::StrCat("generated: ", count, " tokens behind a prompt of ",
+                                              request.prompt.size(), ", the context holds ",
+                                              limits.max_context));
+  }
+  return CheckIds(request.generated, "generated", limits);
 }
 
 absl::Status CheckSampling(const kernels::SamplingParams& sampling) {
@@ -55,6 +80,7 @@ int64_t FinalLength(const Submit& request, const RequestLimits& limits) {
 
 absl::Status CheckRequest(const Submit& request, const RequestLimits& limits) {
   RETURN_IF_ERROR(CheckPrompt(request, limits));
+  RETURN_IF_ERROR(CheckGenerated(request, limits));
   RETURN_IF_ERROR(CheckSampling(request.sampling));
   if (request.deadline_ms < 0) {
     return absl::InvalidArgumentError("deadline_ms: must not be negative");

@@ -19,7 +19,8 @@ struct RequestLimits {
   bool has_tokenizer = false;
 };
 
-// Tokens the request's sequence can reach: prompt + max_tokens, cut at the context.
+// Tokens the request's sequence can reach: prompt + max_tokens (of which those generated already
+// are a part), cut at the context.
 int64_t FinalLength(const Submit& request, const RequestLimits& limits);
 
 // INVALID_ARGUMENT (malformed), OUT_OF_RANGE (beyond the context), RESOURCE_EXHAUSTED (can never

@@ -406,6 +406,78 @@ TEST(AttentionActorTest, AStopStringAcrossTokensEndsTheStream) {
   h.node_.RunUntilIdle();
   EXPECT_EQ(h.streams_[1].finish, FinishReason::kStop);
   EXPECT_EQ(h.streams_[1].tokens.size(), expected);
+  // Cut off between its two bytes and taken up again, the stop string is found as well.
+  const std::vector<OracleToken> before(tokens.begin(),
+                                        tokens.begin() + static_cast<int64_t>(expected) - 1);
+  h.streams_[1] = {};
+  h.streams_[1].tokens = before;
+  for (const OracleToken& token : before) request.generated.push_back(token.token);
+  h.node_.Post(request);
+  h.node_.RunUntilIdle();
+  EXPECT_EQ(h.streams_[1].finish, FinishReason::kStop);
+  EXPECT_EQ(h.streams_[1].tokens.size(), expected);
+}
+
+// A request cut off behind any of its tokens and taken up by another worker: the rest of the stream
+// has the bits and the indices that it would have had.
+TEST(AttentionActorTest, AStreamGoesOnBehindWhatAnotherWorkerGenerated) {
+  for (const float temperature : {0.0f, 1.0f}) {
+    for (uint64_t cut = 0; cut < 30; ++cut) {
+      SCOPED_TRACE(testing::Message() << "cut behind " << cut);
+      Harness h(SmallOptions());
+      h.Send(h.Request(1, 70, 90, 1.0f));  // company
+      Submit request = h.Request(2, 50, 30, temperature);
+      h.sent_[2] = request;
+      const std::vector<OracleToken> tokens = h.Expected(request);
+      ASSERT_EQ(tokens.size(), 30u);
+      for (uint64_t i = 0; i < cut; ++i) {
+        request.generated.push_back(tokens[i].token);
+        h.streams_[2].tokens.push_back(tokens[i]);
+      }
+      h.node_.Post(request);
+      h.node_.RunUntilIdle();
+      EXPECT_EQ(h.streams_[2].finish, FinishReason::kLength);
+      h.ExpectExact();
+      h.ExpectBalanced();
+      EXPECT_EQ(h.actor_.counters().tokens_out, 90u + 30u - cut);
+    }
+  }
+}
+
+TEST(AttentionActorTest, AStreamWhoseLastEventWasLostEndsAtOnce) {
+  AttentionOptions options = SmallOptions();
+  Harness probe(options);
+  const std::vector<OracleToken> tokens = probe.Expected(probe.Request(1, 20, 12));
+  options.eos_token_ids = {tokens[11].token};
+  Harness h(options);
+  Submit request = h.Request(1, 20, 12);
+  for (const OracleToken& token : tokens) {
+    request.generated.push_back(token.token);
+    h.streams_[1].tokens.push_back(token);
+  }
+  h.node_.Post(request);
+  h.node_.RunUntilIdle();
+  EXPECT_EQ(h.streams_[1].finish, FinishReason::kLength);
+  h.streams_[1].finish = FinishReason::kNone;
+  request.ignore_eos = false;
+  request.max_tokens = 40;
+  h.node_.Post(request);
+  h.node_.RunUntilIdle();
+  EXPECT_EQ(h.streams_[1].finish, FinishReason::kStop);
+  EXPECT_EQ(h.actor_.counters().steps, 0u);
+  EXPECT_EQ(h.actor_.counters().requests, 2u);
+}
+
+TEST(AttentionActorTest, APingIsAnsweredDuringAStep) {
+  Harness h(SmallOptions());
+  h.Send(h.Request(1, 40, 30));
+  h.node_.Step();
+  int pongs = 0;
+  h.node_.Post(Ping{[&] { ++pongs; }});
+  h.node_.Step();
+  EXPECT_EQ(pongs, 1);
+  h.node_.RunUntilIdle();
+  h.ExpectExact();
 }
 
 TEST(AttentionActorTest, ContextEndAndZeroTokens) {

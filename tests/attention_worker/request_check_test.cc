@@ -47,6 +47,27 @@ TEST(RequestCheckTest, NamesTheFieldOfABadPrompt) {
   ExpectRefused(request, absl::StatusCode::kResourceExhausted, "prompt:");
 }
 
+TEST(RequestCheckTest, NamesTheFieldOfBadGeneratedTokens) {
+  Submit request = Good();
+  request.generated = {4, 5, 6};
+  EXPECT_TRUE(CheckRequest(request, kLimits).ok());
+  EXPECT_EQ(FinalLength(request, kLimits), 13) << "they are a part of max_tokens";
+  request.generated = {4, 100};
+  ExpectRefused(request, absl::StatusCode::kInvalidArgument, "generated[1]:");
+  request.generated.assign(10, 1);
+  EXPECT_TRUE(CheckRequest(request, kLimits).ok());
+  request.generated.assign(11, 1);
+  ExpectRefused(request, absl::StatusCode::kInvalidArgument, "generated:");
+  request.max_tokens = 2000;
+  request.generated.assign(998, 1);
+  ExpectRefused(request, absl::StatusCode::kOutOfRange, "generated:");
+  request = Good();
+  request.generated = {4};
+  request.max_tokens = 0;
+  request.on_score = [](const ScoreEvent&) {};
+  ExpectRefused(request, absl::StatusCode::kInvalidArgument, "generated:");
+}
+
 TEST(RequestCheckTest, ARequestThatCanNeverFitIsRefused) {
   Submit request = Good();
   request.max_tokens = 254;  // 3 + 254 tokens, of which the last needs no row: 256 rows, 4 blocks

@@ -45,7 +45,8 @@ ClusterSim::ClusterSim(const ClusterSimOptions& options)
     : options_(options),
       hosts_(options.hosts),
       hosted_(options.hosts),
-      world_(options.seed, options.network) {
+      world_(options.seed, options.network),
+      arrivals_(options.seed) {
   const std::vector<runtime::BufferClass> buffers = {{512, 64}, {8192, 96}, {160 * 1024, 24}};
   if (!options.experts_in_attention_node) {
     for (int w = 0; w < options.expert_workers; ++w) {
@@ -53,28 +54,41 @@ ClusterSim::ClusterSim(const ClusterSimOptions& options)
                      [this, w](runtime::Node& node) { AddExpertActor(w, node); });
     }
   }
-  attention_worker::AttentionOptions attention = options.attention;
-  attention.model_digest = kModelDigest;
-  attention.router = {options.router_on_own_node ? kRouterNode : kAttentionNode, runtime::kRouter};
   if (options.router_on_own_node) {
-    attention.router_peer = runtime::PeerInfo{kRouterNode, Incarnation(0),
-                                              runtime::sim::SimWorld::AddressOf(kRouterNode)};
     world_.AddNode(kRouterNode, NodeOptionsFor(wire::NodeRole::kRouter), buffers,
                    [this](runtime::Node& node) { AddRouterActor(node); });
   }
-  world_.AddNode(kAttentionNode, NodeOptionsFor(wire::NodeRole::kAttention), buffers,
-                 [this, attention](runtime::Node& node) {
-                   auto actor = std::make_unique<attention_worker::AttentionActor>(
-                       attention_worker::AttentionModel{.config = &options_.model->config(),
-                                                        .weights = &options_.model->weights(),
-                                                        .backend = NewBackend()},
-                       attention);
-                   attention_ = actor.get();
-                   node.AddActor(runtime::kAttentionWorker, std::move(actor));
-                   if (!options_.router_on_own_node) AddRouterActor(node);
-                   if (!options_.experts_in_attention_node) return;
-                   for (int w = 0; w < options_.expert_workers; ++w) AddExpertActor(w, node);
-                 });
+  for (const NodeId id : AttentionNodes()) {
+    world_.AddNode(id, NodeOptionsFor(wire::NodeRole::kAttention), buffers,
+                   [this](runtime::Node& node) {
+                     AddAttentionActor(node);
+                     if (!options_.router_on_own_node) AddRouterActor(node);
+                     if (!options_.experts_in_attention_node) return;
+                     for (int w = 0; w < options_.expert_workers; ++w) AddExpertActor(w, node);
+                   });
+  }
+}
+
+std::vector<NodeId> ClusterSim::AttentionNodes() const {
+  if (options_.attention_workers == 1) return {kAttentionNode};
+  return {kAttentionNode, kSecondAttentionNode};
+}
+
+void ClusterSim::AddAttentionActor(runtime::Node& node) {
+  attention_worker::AttentionOptions attention = options_.attention;
+  attention.model_digest = kModelDigest;
+  attention.router = {options_.router_on_own_node ? kRouterNode : node.id(), runtime::kRouter};
+  if (options_.router_on_own_node) {
+    attention.router_peer = runtime::PeerInfo{kRouterNode, Incarnation(0),
+                                              runtime::sim::SimWorld::AddressOf(kRouterNode)};
+  }
+  auto actor = std::make_unique<attention_worker::AttentionActor>(
+      attention_worker::AttentionModel{.config = &options_.model->config(),
+                                       .weights = &options_.model->weights(),
+                                       .backend = NewBackend()},
+      attention);
+  attention_[node.id()] = actor.get();
+  node.AddActor(runtime::kAttentionWorker, std::move(actor));
 }
 
 kernels::Backend* ClusterSim::NewBackend() {
@@ -197,10 +211,14 @@ void ClusterSim::Move(const std::vector<std::vector<int>>& hosts, bool dropping,
       }
       if (dropping) CHECK(world_.node(NodeOf(w)).Post(ExpertActorId(w), drop).ok());
     }
-    const NodeId router = options_.router_on_own_node ? kRouterNode : kAttentionNode;
-    if (!world_.alive(router)) return;
-    CHECK(
-        world_.node(router).Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()}).ok());
+    const std::vector<NodeId> routers =
+        options_.router_on_own_node ? std::vector<NodeId>{kRouterNode} : AttentionNodes();
+    for (const NodeId router : routers) {
+      if (!world_.alive(router)) continue;
+      CHECK(world_.node(router)
+                .Post(runtime::kRouter, router::PlacementUpdate{MakePlacement()})
+                .ok());
+    }
   });
 }
 
@@ -211,40 +229,163 @@ std::vector<uint64_t> ClusterSim::items_served() const {
 }
 
 std::vector<NodeId> ClusterSim::nodes() const {
-  std::vector<NodeId> nodes = {kAttentionNode};
+  std::vector<NodeId> nodes = AttentionNodes();
   if (options_.router_on_own_node) nodes.push_back(kRouterNode);
   if (options_.experts_in_attention_node) return nodes;
   for (int w = 0; w < options_.expert_workers; ++w) nodes.push_back(ExpertNode(w));
   return nodes;
 }
 
+attention_worker::AttentionCounters ClusterSim::counters() const {
+  attention_worker::AttentionCounters sum;
+  for (const auto& [node, actor] : attention_) {
+    const attention_worker::AttentionCounters one = actor->counters();
+    sum.steps += one.steps;
+    sum.requests += one.requests;
+    sum.preemptions += one.preemptions;
+    sum.route_requests += one.route_requests;
+    sum.route_resends += one.route_resends;
+    sum.route_rejected += one.route_rejected;
+    sum.running += one.running;
+    sum.waiting += one.waiting;
+    sum.blocks_used += one.blocks_used;
+  }
+  return sum;
+}
+
+uint64_t ClusterSim::replays() const {
+  uint64_t replays = 0;
+  for (const auto& [id, stream] : streams_) {
+    replays += std::max<uint64_t>(stream.journal.attempts(), 1) - 1;
+  }
+  return replays;
+}
+
 void ClusterSim::Generate(uint64_t id, const OracleRequest& request, runtime::Duration delay) {
   CHECK(streams_.find(id) == streams_.end());
-  ClientStream& stream = streams_[id];
-  stream.request = request;
-  attention_worker::Submit submit;
-  submit.request = RequestId(id);
-  submit.prompt = request.prompt;
-  submit.sampling = request.sampling;
-  submit.max_tokens = request.max_tokens;
-  submit.ignore_eos = request.eos_token_ids.empty();
-  submit.on_token = [&stream](const attention_worker::TokenEvent& event) {
-    stream.orderly &= stream.finish == FinishReason::kNone && event.index == stream.tokens.size();
-    if (event.token >= 0) stream.tokens.push_back({event.token, event.logprob, event.row_digest});
-    stream.finish = event.finish_reason;
-    stream.status = event.status;
-    stream.preemptions = event.preemptions;
-  };
-  world_.Schedule(delay, [this, submit] {
-    CHECK(world_.node(kAttentionNode).Post(runtime::kAttentionWorker, submit).ok());
+  streams_[id].request = request;
+  world_.Schedule(delay, [this, id] {
+    if (streams_[id].finish == FinishReason::kNone) Attempt(id);
   });
+}
+
+void ClusterSim::Attempt(uint64_t id) {
+  ClientStream& stream = streams_[id];
+  // The one alive that has the fewest streams; with none, the stream waits, and so does a suspect
+  // while another is being tried.
+  stream.node = NodeId(0);
+  const bool queue_up =
+      stream.journal.suspect() && std::any_of(streams_.begin(), streams_.end(), [&](const auto& s) {
+        return s.first != id && s.second.node != NodeId(0) && s.second.journal.suspect() &&
+               s.second.finish == FinishReason::kNone;
+      });
+  size_t fewest = 0;
+  for (const auto& [node, actor] : attention_) {
+    const size_t aboard = static_cast<size_t>(
+        std::count_if(streams_.begin(), streams_.end(), [node = node](const auto& other) {
+          return other.second.node == node && other.second.finish == FinishReason::kNone;
+        }));
+    if (!queue_up && (stream.node == NodeId(0) || aboard < fewest)) {
+      stream.node = node;
+      fewest = aboard;
+    }
+  }
+  if (stream.node == NodeId(0)) {
+    world_.Schedule(std::chrono::milliseconds(5), [this, id] {
+      if (streams_[id].finish == FinishReason::kNone) Attempt(id);
+    });
+    return;
+  }
+  stream.journal.BeginAttempt();
+  stream.attempt = RequestId(++attempts_);
+  attention_worker::Submit submit;
+  submit.request = stream.attempt;
+  submit.prompt = stream.request.prompt;
+  submit.generated = stream.journal.generated();
+  submit.sampling = stream.request.sampling;
+  submit.max_tokens = stream.request.max_tokens;
+  submit.ignore_eos = stream.request.eos_token_ids.empty();
+  submit.on_token = [this, id,
+                     attempt = stream.attempt](const attention_worker::TokenEvent& event) {
+    // In order, each some time after it was sent.
+    ClientStream& to = streams_[id];
+    if (to.attempt != attempt) return;
+    to.arrival =
+        std::max(to.arrival, world_.Now()) + std::chrono::microseconds(arrivals_.Below(500));
+    world_.Schedule(to.arrival - world_.Now(),
+                    [this, id, attempt, event] { Arrived(id, attempt, event); });
+  };
+  CHECK(world_.node(stream.node).Post(runtime::kAttentionWorker, submit).ok());
+  // As the worker's first beat does.
+  stream.arrival = world_.Now() + std::chrono::microseconds(arrivals_.Below(500));
+  world_.Schedule(stream.arrival - world_.Now(), [this, id, attempt = stream.attempt] {
+    if (streams_[id].attempt == attempt) streams_[id].journal.TakenAboard();
+  });
+  if (const auto poison = poison_.find(id); poison != poison_.end()) {
+    CrashAttention(stream.node, poison->second, std::chrono::milliseconds(10));
+  }
+}
+
+void ClusterSim::Arrived(uint64_t id, RequestId attempt,
+                         const attention_worker::TokenEvent& event) {
+  ClientStream& stream = streams_[id];
+  if (stream.attempt != attempt || stream.cancelled) return;  // of a dead worker, too late
+  if (event.finish_reason == FinishReason::kError) return AttemptEnded(id, event.status);
+  const bool last = event.finish_reason != FinishReason::kNone;
+  stream.orderly &= stream.finish == FinishReason::kNone &&
+                    stream.journal.Record(event.index, event.token, last).ok();
+  if (event.token >= 0) stream.tokens.push_back({event.token, event.logprob, event.row_digest});
+  stream.finish = event.finish_reason;
+  stream.status = event.status;
+  stream.preemptions = event.preemptions;
+}
+
+void ClusterSim::AttemptEnded(uint64_t id, const absl::Status& status) {
+  ClientStream& stream = streams_[id];
+  stream.node = NodeId(0);
+  stream.attempt = RequestId(0);
+  if (stream.cancelled) return Cancelled(stream);
+  stream.status = stream.journal.AttemptEnded(status);
+  if (stream.status.ok()) return Attempt(id);
+  stream.finish = FinishReason::kError;
+}
+
+void ClusterSim::Cancelled(ClientStream& stream) {
+  stream.finish = FinishReason::kCancelled;
+  stream.status = absl::CancelledError("cancelled");
 }
 
 void ClusterSim::Cancel(uint64_t id, runtime::Duration delay) {
   world_.Schedule(delay, [this, id] {
-    CHECK(world_.node(kAttentionNode)
-              .Post(runtime::kAttentionWorker, attention_worker::Cancel{RequestId(id)})
+    ClientStream& stream = streams_[id];
+    if (stream.finish != FinishReason::kNone) return;
+    // The client is told at once; what the worker still sends reaches nobody.
+    stream.cancelled = true;
+    Cancelled(stream);
+    if (attention_.count(stream.node) == 0) return;
+    CHECK(world_.node(stream.node)
+              .Post(runtime::kAttentionWorker, attention_worker::Cancel{stream.attempt})
               .ok());
+  });
+}
+
+void ClusterSim::CrashAttention(NodeId node, runtime::Duration delay, runtime::Duration down) {
+  world_.Schedule(delay, [this, node, down] {
+    if (!world_.alive(node)) return;
+    attention_.erase(node);
+    world_.Crash(node);
+    for (const auto& [id, stream] : streams_) {
+      if (stream.node != node || stream.finish != FinishReason::kNone) continue;
+      // What is under way may arrive until the connection is known to be broken.
+      world_.Schedule(std::chrono::microseconds(arrivals_.Below(20'000)),
+                      [this, id = id, attempt = stream.attempt] {
+                        const ClientStream& broken = streams_[id];
+                        if (broken.attempt != attempt || broken.finish != FinishReason::kNone)
+                          return;
+                        AttemptEnded(id, absl::UnavailableError("connection lost"));
+                      });
+    }
+    world_.Schedule(down, [this, node] { world_.Restart(node); });
   });
 }
 

@@ -346,6 +346,86 @@ TEST(ClusterSimTest, ExpertCrashesRestartsAndPartitionsChangeNothing) {
   EXPECT_GE(hedged, seeds.count() / 20);
 }
 
+// Attention workers crash, one of two or the only one, while expert workers and links fail as well.
+// The gateway's journal takes each stream to the other one, or to the next incarnation: no request
+// is lost, no token is repeated, left out or another one, wherever the stream was cut.
+TEST(ClusterSimTest, AttentionCrashesChangeNothing) {
+  uint64_t replays = 0, cuts = 0;
+  const Seeds seeds = SeedsOf(5, 300);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    SeededRun run(seed);
+    run.options.attention_workers = 1 + static_cast<int>(run.prng.Below(2));
+    run.options.experts_in_attention_node = false;
+    run.options.network.silent_crash_probability = 0.2;
+    run.quiet = seconds(8);
+    run.Start();
+    runtime::sim::SimWorld& world = run.cluster->world();
+    const std::vector<NodeId> attention = run.cluster->AttentionNodes();
+    int deaths = 0;  // a third without a new token in between would be held against the request
+    for (int fault = 0; fault < 4; ++fault) {
+      const runtime::Duration at = microseconds(run.prng.Below(80000));
+      const NodeId expert =
+          ExpertNode(static_cast<int>(run.prng.Below(run.options.expert_workers)));
+      const NodeId node = attention[run.prng.Below(attention.size())];
+      switch (deaths == 2 ? run.prng.Below(2) : run.prng.Below(6)) {
+        case 0:
+          world.Schedule(at, [&world, expert, node] { world.Break(expert, node); });
+          break;
+        case 1:
+          world.Schedule(at, [&world, expert] {
+            if (world.alive(expert)) world.Crash(expert);
+          });
+          world.Schedule(at + milliseconds(1 + run.prng.Below(500)), [&world, expert] {
+            if (!world.alive(expert)) world.Restart(expert);
+          });
+          break;
+        default:
+          ++deaths;
+          run.cluster->CrashAttention(node, at, milliseconds(1 + run.prng.Below(200)));
+      }
+    }
+    run.ExpectExact();
+    if (HasFatalFailure()) return;
+    replays += run.cluster->replays();
+    for (const auto& [id, stream] : run.cluster->streams()) {
+      cuts += stream.journal.attempts() > 1 && !stream.tokens.empty();
+    }
+  }
+  printf("%lu replays of %lu streams that had begun\n", replays, cuts);
+  EXPECT_GE(replays, seeds.count());
+  EXPECT_GE(cuts, seeds.count() / 2);
+}
+
+// A request whose company is deadly: after three deaths it fails by itself, and all the others,
+// which died with it each time, are as if nothing had been.
+TEST(ClusterSimTest, ARequestThatKillsItsWorkerFailsAlone) {
+  const Seeds seeds = SeedsOf(6, 100);
+  for (uint64_t seed = seeds.first; seed <= seeds.last; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    SeededRun run(seed);
+    run.options.attention_workers = 1 + static_cast<int>(run.prng.Below(2));
+    run.options.experts_in_attention_node = false;
+    run.quiet = seconds(8);
+    run.Start();
+    // Before its first token, which takes a step of three layers and more at least.
+    run.cluster->Poison(1, microseconds(run.prng.Below(60)));
+    ASSERT_TRUE(run.cluster->RunToEnd(seconds(120))) << run.Describe();
+    for (const auto& [id, stream] : run.cluster->streams()) {
+      ASSERT_TRUE(stream.orderly);
+      if (stream.finish == FinishReason::kCancelled) continue;
+      if (id == 1) {
+        ASSERT_EQ(stream.finish, FinishReason::kError);
+        ASSERT_EQ(stream.status.code(), absl::StatusCode::kInternal) << stream.status;
+        ASSERT_TRUE(stream.tokens.empty());
+        continue;
+      }
+      ASSERT_NE(stream.finish, FinishReason::kError) << "request " << id << ": " << stream.status;
+      ASSERT_EQ(stream.tokens, run.c.expected[run.chosen[id]]) << "request " << id;
+    }
+  }
+}
+
 // Experts move between workers while requests run; workers may drop a shard before its rows in
 // flight have arrived (NOT_HOSTED).
 TEST(ClusterSimTest, MovingExpertsChangesNothing) {
@@ -405,6 +485,7 @@ TEST(ClusterSimTest, HalfTheBlocksMeansPreemptionsNotOtherTokens) {
                cluster.counters().waiting == 0;
       },
       seconds(600)));
+  ASSERT_TRUE(cluster.RunToEnd(seconds(1)));  // the last events are on their way
   EXPECT_GE(cluster.counters().preemptions, 20u);
   EXPECT_LE(most_used, static_cast<uint64_t>(options.attention.num_blocks));
   for (size_t i = 0; i < requests.size(); ++i) {

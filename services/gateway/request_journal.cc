@@ -1,0 +1,61 @@
+#include "services/gateway/request_journal.h"
+
+#include "absl/strings/str_cat.h"
+
+namespace moebius::services {
+namespace {
+
+// Another worker would say the same.
+bool IsFinal(const absl::Status& status, bool ever_aboard) {
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kUnimplemented:
+    case absl::StatusCode::kUnauthenticated:
+    case absl::StatusCode::kPermissionDenied:
+    case absl::StatusCode::kDeadlineExceeded:
+      return true;
+    case absl::StatusCode::kResourceExhausted:
+      // A new request may be refused by a full worker. One whose stream has begun waits instead.
+      return !ever_aboard;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+void RequestJournal::BeginAttempt() {
+  ++attempts_;
+  aboard_ = false;
+}
+
+absl::Status RequestJournal::Record(uint64_t index, TokenId token, bool last) {
+  if (finished_ || index != generated_.size()) {
+    return absl::DataLossError(absl::StrCat("token_index: ", index, " from the worker, ",
+                                            generated_.size(),
+                                            finished_ ? " after the end" : " is the next"));
+  }
+  aboard_ = ever_aboard_ = true;
+  if (token >= 0) {
+    generated_.push_back(token);
+    deaths_ = 0;
+  }
+  finished_ = last;
+  return absl::OkStatus();
+}
+
+absl::Status RequestJournal::AttemptEnded(const absl::Status& status) {
+  ever_aboard_ = ever_aboard_ || aboard_;
+  if (IsFinal(status, ever_aboard_)) return status;
+  if (!aboard_) return absl::OkStatus();
+  aboard_ = false;
+  if (++deaths_ < kMostDeaths) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat(
+      "request: ", deaths_, " workers ended while it was aboard, without a new token; the last: ",
+      status.ok() ? "the stream broke off" : status.message()));
+}
+
+}  // namespace moebius::services
