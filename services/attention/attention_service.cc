@@ -3,21 +3,86 @@
 #include <grpcpp/grpcpp.h>
 
 #include <chrono>
+#include <functional>
 #include <future>
+#include <optional>
+#include <variant>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "base/log.h"
 #include "base/status_macros.h"
 #include "services/attention/event_queue.h"
-#include "services/common/finish_reason.h"
 #include "services/common/grpc_status.h"
 #include "services/common/process.h"
+#include "services/common/worker_messages.h"
 
 namespace moebius::services {
 namespace {
 
-constexpr std::chrono::milliseconds kCancelPoll(100);
+// A stream that has nothing else to say says so often that its worker is alive.
+constexpr std::chrono::milliseconds kBeatPeriod(100);
+
+// One request's events from the node's loop to the stream's thread, with beats among them: those
+// too come from the loop, so a worker that hangs has none. The first beat follows the request
+// through the same mailbox and says that it is aboard.
+template <typename Event>
+class RequestEvents {
+ public:
+  RequestEvents(runtime::Node* node, RequestId request, size_t limit, grpc::ServerContext* context)
+      : node_(node), request_(request), context_(context) {
+    // Whoever reads too slowly is cut off where it stands, in the middle of a write too.
+    queue_ = std::make_shared<Queue>(limit, [node, request, context] {
+      (void)node->Post(runtime::kAttentionWorker, attention_worker::Cancel{request});
+      context->TryCancel();
+    });
+  }
+  ~RequestEvents() { queue_->Close(); }
+  RequestEvents(const RequestEvents&) = delete;
+  RequestEvents& operator=(const RequestEvents&) = delete;
+
+  // A sink for the actor; outlives this object.
+  std::function<void(const Event&)> Sink() const {
+    return [queue = queue_](const Event& event) { queue->Push(event); };
+  }
+  absl::Status Submit(attention_worker::Submit submit) {
+    RETURN_IF_ERROR(node_->Post(runtime::kAttentionWorker, std::move(submit)));
+    Ping();
+    return absl::OkStatus();
+  }
+  // The next event, or nullopt for a beat. CANCELLED when nobody listens any more: the request has
+  // been cancelled then.
+  absl::StatusOr<std::optional<Event>> Next() {
+    while (true) {
+      std::optional<std::optional<Event>> item = queue_->Pop(kBeatPeriod);
+      if (context_->IsCancelled() || queue_->overflowed()) {
+        Cancel();
+        return absl::CancelledError("the client is gone or does not read");
+      }
+      if (!item) {
+        if (!pinged_) Ping();
+        continue;
+      }
+      if (!*item) pinged_ = false;
+      return *std::move(item);
+    }
+  }
+  void Cancel() {
+    (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{request_});
+  }
+
+ private:
+  using Queue = EventQueue<std::optional<Event>>;  // nullopt: a beat
+  void Ping() {
+    attention_worker::Ping ping{[queue = queue_] { queue->Push(std::nullopt); }};
+    pinged_ = node_->Post(runtime::kAttentionWorker, std::move(ping)).ok();
+  }
+
+  runtime::Node* const node_;
+  const RequestId request_;
+  grpc::ServerContext* const context_;
+  std::shared_ptr<Queue> queue_;
+  bool pinged_ = false;
+};
 
 }  // namespace
 
@@ -25,94 +90,70 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
                                     const v1::ResolvedRequest* request,
                                     grpc::ServerWriter<v1::WorkerToken>* writer) {
   using attention_worker::TokenEvent;
-  const auto cancel = [this, id = RequestId(request->request())] {
-    (void)node_->Post(runtime::kAttentionWorker, attention_worker::Cancel{id});
-  };
-  // Whoever reads too slowly is cut off where it stands, in the middle of a write too.
-  auto queue = std::make_shared<EventQueue<TokenEvent>>(stream_lag_, [cancel, context] {
-    cancel();
-    context->TryCancel();
-  });
-  const auto close = absl::MakeCleanup([queue] { queue->Close(); });
-  attention_worker::Submit submit;
-  submit.request = RequestId(request->request());
-  submit.prompt.assign(request->prompt().begin(), request->prompt().end());
-  submit.sampling.temperature = request->temperature();
-  submit.sampling.top_k = request->top_k();
-  submit.sampling.top_p = request->top_p();
-  submit.sampling.seed = request->seed();
-  submit.max_tokens = request->max_tokens();
-  submit.stop_strings.assign(request->stop().begin(), request->stop().end());
-  submit.ignore_eos = request->ignore_eos();
-  submit.deadline_ms = request->deadline_ms();
-  submit.on_token = [queue](const TokenEvent& event) { queue->Push(event); };
-  const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
-  if (!posted.ok()) return ToGrpc(posted);
+  RequestEvents<TokenEvent> events(node_, RequestId(request->request()), stream_lag_, context);
+  attention_worker::Submit submit = ToSubmit(*request);
+  submit.on_token = events.Sink();
+  if (absl::Status posted = events.Submit(std::move(submit)); !posted.ok()) return ToGrpc(posted);
   while (true) {
-    const std::optional<TokenEvent> event = queue->Pop(kCancelPoll);
-    if (context->IsCancelled() || queue->overflowed()) {
-      cancel();
-      return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone or does not read");
-    }
-    if (!event) continue;
-    if (event->finish_reason == attention_worker::FinishReason::kError)
-      return ToGrpc(event->status);
+    const absl::StatusOr<std::optional<TokenEvent>> event = events.Next();
+    if (!event.ok()) return ToGrpc(event.status());
     v1::WorkerToken token;
-    token.set_token_index(event->index);
-    token.set_has_token(event->token >= 0);
-    token.set_token_id(event->token);
-    token.set_logprob(event->logprob);
-    token.set_row_digest(event->row_digest);
-    token.set_finish_reason(ToProto(event->finish_reason));
-    token.set_preemptions(event->preemptions);
+    if (!*event) {
+      token.set_beat(true);
+    } else if ((*event)->finish_reason == attention_worker::FinishReason::kError) {
+      return ToGrpc((*event)->status);
+    } else {
+      token = ToProto(**event);
+    }
     if (!writer->Write(token)) {
-      cancel();
+      events.Cancel();
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
     }
     // At a deadline the last event has the reason and the call the code.
-    if (event->finish_reason != attention_worker::FinishReason::kNone) return ToGrpc(event->status);
+    if (token.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) return ToGrpc((*event)->status);
   }
 }
 
 grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::ResolvedScore* request,
-                                 v1::ScoreReply* reply) {
-  struct Step {
-    std::optional<attention_worker::ScoreEvent> score;
-    std::optional<attention_worker::TokenEvent> end;
-  };
-  auto queue = std::make_shared<EventQueue<Step>>(size_t{1} << 20);
+                                 grpc::ServerWriter<v1::WorkerScore>* writer) {
+  using attention_worker::ScoreEvent;
+  using attention_worker::TokenEvent;
+  using Step = std::variant<ScoreEvent, TokenEvent>;  // a TokenEvent: it ended without its scores
+  // The scores of a whole context may be there before the first of them is written.
+  constexpr size_t kScoreLag = size_t{1} << 20;
+  RequestEvents<Step> events(node_, RequestId(request->request()), kScoreLag, context);
   attention_worker::Submit submit;
   submit.request = RequestId(request->request());
   submit.prompt.assign(request->prompt().begin(), request->prompt().end());
   submit.top_n = static_cast<uint32_t>(request->top());
   submit.deadline_ms = request->deadline_ms();
-  submit.on_score = [queue](const attention_worker::ScoreEvent& event) {
-    queue->Push(Step{event, std::nullopt});
-  };
-  submit.on_token = [queue](const attention_worker::TokenEvent& event) {
-    queue->Push(Step{std::nullopt, event});
-  };
-  const absl::Status posted = node_->Post(runtime::kAttentionWorker, std::move(submit));
-  if (!posted.ok()) return ToGrpc(posted);
+  submit.on_score = [sink = events.Sink()](const ScoreEvent& event) { sink(event); };
+  submit.on_token = [sink = events.Sink()](const TokenEvent& event) { sink(event); };
+  if (absl::Status posted = events.Submit(std::move(submit)); !posted.ok()) return ToGrpc(posted);
   while (true) {
-    const std::optional<Step> step = queue->Pop(kCancelPoll);
-    if (context->IsCancelled() || queue->overflowed()) {
-      (void)node_->Post(runtime::kAttentionWorker,
-                        attention_worker::Cancel{RequestId(request->request())});
+    const absl::StatusOr<std::optional<Step>> step = events.Next();
+    if (!step.ok()) return ToGrpc(step.status());
+    v1::WorkerScore message;
+    const ScoreEvent* score = nullptr;
+    if (!*step) {
+      message.set_beat(true);
+    } else if (const auto* end = std::get_if<TokenEvent>(&**step)) {
+      return ToGrpc(end->status.ok()
+                        ? absl::InternalError("the score ended before its last position")
+                        : end->status);
+    } else {
+      score = &std::get<ScoreEvent>(**step);
+      v1::ScorePosition& position = *message.mutable_position();
+      position.set_next_logprob(score->next_logprob);
+      position.set_row_digest(score->row_digest);
+      position.mutable_top_ids()->Add(score->top_ids.begin(), score->top_ids.end());
+      position.mutable_top_logprob()->Add(score->top_logprobs.begin(), score->top_logprobs.end());
+    }
+    if (!writer->Write(message)) {
+      events.Cancel();
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
     }
-    if (!step) continue;
-    if (step->end) {
-      // A score that succeeds ends with its last position.
-      if (!step->end->status.ok()) return ToGrpc(step->end->status);
-      return grpc::Status(grpc::StatusCode::INTERNAL, "the score ended before its last position");
-    }
-    v1::ScorePosition* position = reply->add_positions();
-    position->set_next_logprob(step->score->next_logprob);
-    position->set_row_digest(step->score->row_digest);
-    for (TokenId id : step->score->top_ids) position->add_top_ids(id);
-    for (float logprob : step->score->top_logprobs) position->add_top_logprob(logprob);
-    if (step->score->last) return grpc::Status::OK;
+    if (score != nullptr && score->last) return grpc::Status::OK;
   }
 }
 

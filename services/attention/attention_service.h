@@ -29,7 +29,7 @@ class AttentionRpc final : public v1::AttentionService::Service {
   grpc::Status Generate(grpc::ServerContext* context, const v1::ResolvedRequest* request,
                         grpc::ServerWriter<v1::WorkerToken>* writer) override;
   grpc::Status Score(grpc::ServerContext* context, const v1::ResolvedScore* request,
-                     v1::ScoreReply* reply) override;
+                     grpc::ServerWriter<v1::WorkerScore>* writer) override;
 
  private:
   runtime::Node* const node_;

@@ -2,12 +2,15 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
 #include <chrono>
+#include <thread>
 
 #include "base/status_macros.h"
 #include "services/attention/event_queue.h"
-#include "services/common/finish_reason.h"
 #include "services/common/grpc_status.h"
+#include "services/common/worker_messages.h"
+#include "services/gateway/client_events.h"
 #include "services/gateway/request_check.h"
 
 namespace moebius::services {
@@ -19,6 +22,9 @@ RequestLimits LimitsOf(const ModelHost& host) {
   limits.default_deadline_ms = 0;  // whoever waits is this process
   return limits;
 }
+
+// How long to wait for a gateway to come back before asking whether to go on waiting.
+constexpr std::chrono::milliseconds kConnectPatience(200);
 
 // The gateway ends the request at its deadline and says so; this is for one that does not answer.
 void SetDeadline(grpc::ClientContext& context, int64_t deadline_ms) {
@@ -33,7 +39,9 @@ absl::StatusOr<std::unique_ptr<GenerationClient>> GenerationClient::Open(const C
   auto client = std::make_unique<GenerationClient>();
   if (!flags.address.empty()) {
     RETURN_IF_ERROR(CheckTlsFiles(flags.credentials));
-    client->stub_ = v1::Generation::NewStub(MakeChannel(flags.address, flags.credentials));
+    client->reconnect_ = flags.reconnect;
+    client->channel_ = MakeChannel(flags.address, flags.credentials);
+    client->stub_ = v1::Generation::NewStub(client->channel_);
     return client;
   }
   if (flags.model.empty())
@@ -47,15 +55,47 @@ absl::Status GenerationClient::Generate(
     const std::function<void(const v1::GenerateEvent&)>& on_event,
     const std::function<bool()>& stop) {
   if (local_ != nullptr) return GenerateLocally(request, on_event, stop);
-  grpc::ClientContext context;
-  SetDeadline(context, request.deadline_ms());
-  auto reader = stub_->Generate(&context, request);
-  v1::GenerateEvent event;
-  while (reader->Read(&event)) {
-    on_event(event);
-    if (stop && stop()) context.TryCancel();
+  using std::chrono::steady_clock;
+  v1::GenerateRequest present = request;
+  const auto begin = steady_clock::now();
+  auto news = begin;  // when something last came
+  bool accepted = false;
+  std::chrono::milliseconds back_off(0);
+  while (true) {
+    grpc::ClientContext context;
+    SetDeadline(context, present.deadline_ms());
+    auto reader = stub_->Generate(&context, present);
+    v1::GenerateEvent event;
+    bool stopped = false;
+    while (reader->Read(&event)) {
+      news = steady_clock::now();
+      back_off = std::chrono::milliseconds(0);
+      if (event.has_token()) present.mutable_resume()->add_token_ids(event.token_id());
+      if (present.resume().numerics_class().empty()) {
+        present.mutable_resume()->set_numerics_class(event.numerics_class());
+      }
+      on_event(event);
+      stopped = stop && stop();
+      if (stopped) context.TryCancel();
+    }
+    const absl::Status status = FromGrpc(reader->Finish());
+    // Whoever never accepted the request may not be there at all: that is for the caller to know.
+    accepted = accepted || context.GetServerInitialMetadata().count(kAcceptedMetadata) > 0;
+    if (!absl::IsUnavailable(status) || stopped || !accepted) return status;
+    if (steady_clock::now() - news > reconnect_) return status;
+    if (request.deadline_ms() > 0) {
+      const auto spent =
+          std::chrono::duration_cast<std::chrono::milliseconds>(steady_clock::now() - begin);
+      if (spent.count() >= request.deadline_ms()) return status;
+      present.set_deadline_ms(request.deadline_ms() - spent.count());
+    }
+    // A channel moves on only while somebody waits for it. A gateway that is there and refuses (it
+    // drains) is not asked without a pause.
+    const auto patience = std::chrono::system_clock::now() + kConnectPatience;
+    if (channel_->WaitForConnected(patience)) std::this_thread::sleep_for(back_off);
+    back_off = std::clamp(back_off * 2, std::chrono::milliseconds(20), kConnectPatience);
+    if (stop && stop()) return absl::CancelledError("cancelled");
   }
-  return FromGrpc(reader->Finish());
 }
 
 absl::Status GenerationClient::GenerateLocally(
@@ -67,18 +107,9 @@ absl::Status GenerationClient::GenerateLocally(
   const ModelHost& host = local_->host();
   ASSIGN_OR_RETURN(const v1::ResolvedRequest resolved,
                    ResolveGenerate(host, LimitsOf(host), request));
-  attention_worker::Submit submit;
-  submit.prompt.assign(resolved.prompt().begin(), resolved.prompt().end());
-  submit.sampling = {resolved.temperature(), resolved.top_k(), resolved.top_p(), resolved.seed()};
-  submit.max_tokens = resolved.max_tokens();
-  submit.stop_strings.assign(resolved.stop().begin(), resolved.stop().end());
-  submit.ignore_eos = resolved.ignore_eos();
-  submit.deadline_ms = resolved.deadline_ms();
-  std::unique_ptr<model::StreamDecoder> decoder;
-  if (host.tokenizer != nullptr) {
-    decoder = std::make_unique<model::StreamDecoder>(*host.tokenizer, /*skip_special=*/true);
-  }
-  uint64_t completion_tokens = 0;
+  const std::vector<TokenId> before(resolved.generated().begin(), resolved.generated().end());
+  ClientEvents events(host, request.request_id(), static_cast<size_t>(resolved.prompt_size()),
+                      before);
   // The loop hands events over; text is decoded and shown by this thread.
   auto queue = std::make_shared<EventQueue<TokenEvent>>(resolved.max_tokens() + 2);
   std::thread shower([&] {
@@ -86,32 +117,13 @@ absl::Status GenerationClient::GenerateLocally(
       const std::optional<TokenEvent> token = queue->Pop(std::chrono::seconds(1));
       if (!token) continue;
       if (token->token < 0 && token->finish_reason == FinishReason::kError) return;
-      v1::GenerateEvent event;
-      event.set_request_id(request.request_id());
-      event.set_token_index(token->index);
-      event.set_has_token(token->token >= 0);
-      if (token->token >= 0) {
-        ++completion_tokens;
-        event.set_token_id(token->token);
-        event.set_logprob(token->logprob);
-        event.set_row_digest(token->row_digest);
-        if (decoder != nullptr) event.set_text(decoder->Append(token->token));
-      }
-      const bool last = token->finish_reason != FinishReason::kNone;
-      if (last) {
-        if (decoder != nullptr) event.mutable_text()->append(decoder->Finish());
-        event.set_finish_reason(ToProto(token->finish_reason));
-        event.mutable_usage()->set_prompt_tokens(static_cast<uint64_t>(resolved.prompt_size()));
-        event.mutable_usage()->set_completion_tokens(completion_tokens);
-        event.mutable_usage()->set_preemptions(token->preemptions);
-      }
-      on_event(event);
-      if (last) return;
+      on_event(events.Next(ToProto(*token)));
+      if (token->finish_reason != FinishReason::kNone) return;
       if (stop && stop()) local_->Cancel(token->request);
     }
   });
-  const absl::StatusOr<GenerationResult> result =
-      local_->Generate(std::move(submit), [queue](const TokenEvent& event) { queue->Push(event); });
+  const absl::StatusOr<GenerationResult> result = local_->Generate(
+      ToSubmit(resolved), [queue](const TokenEvent& event) { queue->Push(event); });
   if (!result.ok() || result->events.empty() ||
       result->events.back().finish_reason == FinishReason::kNone) {
     // The stream ended without a token that says so: an error, or an end that carries no token.
@@ -120,6 +132,7 @@ absl::Status GenerationClient::GenerateLocally(
                         : absl::IsDeadlineExceeded(result.status()) ? FinishReason::kDeadline
                                                                     : FinishReason::kError;
     end.token = -1;
+    end.index = before.size() + (result.ok() ? result->events.size() : 0);
     end.preemptions = result.ok() ? result->preemptions : 0;
     queue->Push(end);
   }

@@ -59,6 +59,13 @@ ServiceFlags ParseFlagsOrExit(ServiceRole role, int argc, char** argv) {
     app.add_option("--write-stall-ms", flags.write_stall_ms,
                    "how long a client may leave a token unread before it is cut off")
         ->check(CLI::Range(1, 86'400'000));
+    app.add_option("--worker-silence-ms", flags.worker_silence_ms,
+                   "without a sign of life for so long, an attention worker's streams go on "
+                   "elsewhere (it beats each 100 ms)")
+        ->check(CLI::Range(200, 86'400'000));
+    app.add_option("--worker-wait-ms", flags.worker_wait_ms,
+                   "how long a new request waits for an attention worker that is ready")
+        ->check(CLI::Range(0, 86'400'000));
   }
   try {
     app.parse(argc, argv);

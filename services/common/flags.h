@@ -30,6 +30,8 @@ struct ServiceFlags {
   int max_in_flight = 256;
   int64_t default_deadline_ms = 600'000;
   int64_t write_stall_ms = 30'000;
+  int64_t worker_silence_ms = 2'000;
+  int64_t worker_wait_ms = 10'000;
 };
 
 enum class ServiceRole { kController, kGateway, kAttention, kExpert };

@@ -1,23 +1,24 @@
 #pragma once
 
-// The front door: validates, turns text into ids and back, picks an attention worker for each
-// request. Holds the tokenizer, no weights.
+// The front door: validates, turns text into ids and back, has each request served by an attention
+// worker, and by another one if that dies. Holds the tokenizer, no weights.
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 
 #include "absl/status/statusor.h"
 #include "moebius/v1/generation.grpc.pb.h"
-#include "moebius/v1/worker.grpc.pb.h"
 #include "services/common/controller_client.h"
 #include "services/common/flags.h"
 #include "services/common/stall_watch.h"
 #include "services/common/status_service.h"
 #include "services/gateway/request_check.h"
+#include "services/gateway/stream_relay.h"
+#include "services/gateway/worker_table.h"
 
 namespace moebius::services {
 
@@ -39,36 +40,36 @@ class Gateway final : public v1::Generation::Service {
                           v1::ListModelsReply* reply) override;
 
  private:
-  struct Backend {
-    std::string address;
-    std::shared_ptr<v1::AttentionService::Stub> stub;
-    bool ready = false;
-    int in_flight = 0;
-  };
-  // A place among the requests in flight, and the worker that serves it; gives both back when it
-  // dies.
-  class Ticket;
+  // Among the requests in flight; gives itself back when it dies.
+  class Place;
 
-  Gateway() = default;
+  explicit Gateway(const ServiceFlags& flags);
   void OnView(const v1::ClusterView& view);
   // Its own counters and, by "<role>/<node>/", those of every worker that answers.
   StatusServiceImpl::Counters ReadCounters();
-  absl::StatusOr<std::unique_ptr<Ticket>> Admit();
+  absl::StatusOr<std::unique_ptr<Place>> Admit();
+  // What the client calls the request.
+  std::string IdOf(const std::string& chosen);
+  RelayParts Parts() {
+    return {*host_, workers_, writes_, silence_, relay_counters_, next_request_, worker_wait_};
+  }
 
   std::unique_ptr<ModelHost> host_;
   RequestLimits limits_;
-  ListenOptions credentials_;
-  int max_in_flight_ = 0;
-  std::unique_ptr<StallWatch> writes_;
+  const ListenOptions credentials_;
+  const int max_in_flight_;
+  const std::chrono::milliseconds worker_wait_;
+  StallWatch writes_;
+  StallWatch silence_;
+  WorkerTable workers_;
+  std::atomic<uint64_t> next_request_;
+  std::atomic<uint64_t> requests_{0}, refused_{0};
+  RelayCounters relay_counters_;
   std::mutex mutex_;
   std::condition_variable idle_;
-  std::map<uint64_t, Backend> backends_;  // by node
-  bool complete_ = false;
   v1::ClusterView view_;
   bool draining_ = false;
   int in_flight_ = 0;
-  std::atomic<uint64_t> next_request_{1};
-  std::atomic<uint64_t> requests_{0}, tokens_{0}, refused_{0}, slow_clients_{0};
   std::unique_ptr<StatusServiceImpl> status_;
   RunningServer server_;
   std::unique_ptr<ControllerClient> controller_;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "model/chat_template.h"
@@ -86,13 +87,36 @@ absl::StatusOr<int64_t> ResolveDeadline(int64_t deadline_ms, const RequestLimits
   return deadline_ms == 0 ? limits.default_deadline_ms : deadline_ms;
 }
 
-absl::Status CheckIds(const ModelHost& host, const google::protobuf::RepeatedField<int32_t>& ids) {
-  if (ids.empty()) return absl::InvalidArgumentError("token_ids: is empty");
+absl::Status CheckIds(const ModelHost& host, const google::protobuf::RepeatedField<int32_t>& ids,
+                      absl::string_view field) {
   for (int i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= host.config.vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat(
-          "token_ids[", i, "]: ", ids[i], " is not in [0, ", host.config.vocab_size, ")"));
+          field, "[", i, "]: ", ids[i], " is not in [0, ", host.config.vocab_size, ")"));
     }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPromptIds(const ModelHost& host,
+                            const google::protobuf::RepeatedField<int32_t>& ids) {
+  if (ids.empty()) return absl::InvalidArgumentError("token_ids: is empty");
+  return CheckIds(host, ids, "token_ids");
+}
+
+// What the client says it has, against the request as it is resolved otherwise.
+absl::Status CheckResume(const ModelHost& host, const v1::ResolvedRequest& resolved,
+                         const v1::Resume& resume) {
+  RETURN_IF_ERROR(CheckIds(host, resume.token_ids(), "resume.token_ids"));
+  if (static_cast<uint64_t>(resume.token_ids_size()) > resolved.max_tokens()) {
+    return absl::InvalidArgumentError(absl::StrCat("resume.token_ids: ", resume.token_ids_size(),
+                                                   " tokens, max_tokens allows ",
+                                                   resolved.max_tokens()));
+  }
+  const std::string model = absl::StrCat(model::ToHex(host.manifest.digest), "/");
+  if (!resume.numerics_class().empty() && !absl::StartsWith(resume.numerics_class(), model)) {
+    return absl::FailedPreconditionError(
+        "resume.numerics_class: the stream began with another model than this one");
   }
   return absl::OkStatus();
 }
@@ -159,7 +183,7 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
     }
     case v1::GenerateRequest::kTokenIds:
       field = "token_ids";
-      RETURN_IF_ERROR(CheckIds(host, request.token_ids().ids()));
+      RETURN_IF_ERROR(CheckPromptIds(host, request.token_ids().ids()));
       *resolved.mutable_prompt() = request.token_ids().ids();
       break;
     case v1::GenerateRequest::INPUT_NOT_SET:
@@ -185,6 +209,10 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
   *resolved.mutable_stop() = request.stop();
   resolved.set_ignore_eos(request.ignore_eos());
   resolved.set_deadline_ms(deadline_ms);
+  if (request.has_resume()) {
+    RETURN_IF_ERROR(CheckResume(host, resolved, request.resume()));
+    *resolved.mutable_generated() = request.resume().token_ids();
+  }
   return resolved;
 }
 
@@ -193,7 +221,7 @@ absl::StatusOr<v1::ResolvedScore> ResolveScore(const ModelHost& host, const Requ
   RETURN_IF_ERROR(CheckModel(host, request.model()));
   RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   ASSIGN_OR_RETURN(const int64_t deadline_ms, ResolveDeadline(request.deadline_ms(), limits));
-  RETURN_IF_ERROR(CheckIds(host, request.token_ids().ids()));
+  RETURN_IF_ERROR(CheckPromptIds(host, request.token_ids().ids()));
   RETURN_IF_ERROR(
       CheckLength(static_cast<size_t>(request.token_ids().ids_size()), limits, "token_ids"));
   if (request.top() < 0 || request.top() > 20) {

@@ -1,8 +1,8 @@
 #pragma once
 
 // From what a client sent to what a worker may run: every field checked, text resolved to token
-// ids, defaults put in. Pure; errors are INVALID_ARGUMENT (NOT_FOUND for the model) and name the
-// field. No gRPC.
+// ids, defaults put in. Pure; errors are INVALID_ARGUMENT (NOT_FOUND for the model,
+// FAILED_PRECONDITION for a stream of another model that is to go on) and name the field. No gRPC.
 
 #include <cstdint>
 #include <string>

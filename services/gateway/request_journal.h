@@ -14,6 +14,7 @@
 // thread-safe.
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -26,13 +27,17 @@ class RequestJournal {
   static constexpr int kMostDeaths = 3;
 
   // `generated`: what the client has of the stream already, from elsewhere.
-  explicit RequestJournal(std::vector<TokenId> generated = {}) : generated_(std::move(generated)) {}
+  explicit RequestJournal(std::vector<TokenId> generated = {})
+      : generated_(std::move(generated)), ever_aboard_(!generated_.empty()) {}
 
   // The tokens of the stream so far: the next attempt goes on behind them.
   const std::vector<TokenId>& generated() const { return generated_; }
   uint32_t attempts() const { return attempts_; }
   bool finished() const { return finished_; }
+  int deaths() const { return deaths_; }
   bool suspect() const { return deaths_ >= kMostDeaths - 1; }
+  // Some worker has had it: it waits for another one as long as it may.
+  bool aboard_once() const { return ever_aboard_ || aboard_; }
 
   void BeginAttempt();
 
@@ -53,7 +58,7 @@ class RequestJournal {
   std::vector<TokenId> generated_;
   uint32_t attempts_ = 0;
   bool aboard_ = false;
-  bool ever_aboard_ = false;
+  bool ever_aboard_;
   bool finished_ = false;
   int deaths_ = 0;  // aboard, since the last token
 };

@@ -166,7 +166,19 @@ TEST_F(GatewayWire, AWorkerRefusesWhatNoGatewayWouldSend) {
               grpc::StatusCode::INVALID_ARGUMENT)
         << request.ShortDebugString().substr(0, 200);
   };
-  EXPECT_EQ(Code(worker, kWorkerGenerate, good().SerializeAsString()), grpc::StatusCode::OK);
+  // A good one: a beat as soon as it is aboard, then its token.
+  RawStream stream(worker, kWorkerGenerate, good().SerializeAsString());
+  v1::WorkerToken token;
+  ASSERT_TRUE(token.ParseFromString(stream.Read(std::chrono::seconds(60)).value_or("no message")));
+  EXPECT_TRUE(token.beat());
+  do {
+    ASSERT_TRUE(
+        token.ParseFromString(stream.Read(std::chrono::seconds(60)).value_or("no message")));
+  } while (token.beat());
+  EXPECT_EQ(token.finish_reason(), v1::FINISH_REASON_LENGTH);
+  EXPECT_FALSE(stream.Read(std::chrono::seconds(60)).has_value());
+  EXPECT_TRUE(stream.Finish().ok());
+
   v1::ResolvedRequest request = good();
   request.clear_prompt();
   refused(request);
@@ -192,6 +204,13 @@ TEST_F(GatewayWire, AWorkerRefusesWhatNoGatewayWouldSend) {
             grpc::StatusCode::OUT_OF_RANGE);
   request = good();
   request.set_deadline_ms(-1);
+  refused(request);
+  request = good();
+  request.add_generated(5000);
+  refused(request);
+  request = good();
+  request.add_generated(5);
+  request.add_generated(5);  // more than max_tokens
   refused(request);
   for (int32_t top : {-1, INT32_MAX, INT32_MIN}) {
     v1::ResolvedScore score;

@@ -236,10 +236,12 @@ std::string ServiceProcess::Log() const {
   return model::ReadSmallFile(log_file_, 1 << 20).value_or("");
 }
 
-Result Generate(GenerationClient& client, const v1::GenerateRequest& request) {
+Result Generate(GenerationClient& client, const v1::GenerateRequest& request,
+                const std::function<void(const v1::GenerateEvent&)>& on_event) {
   Result result;
   std::optional<steady_clock::time_point> last;
   result.status = client.Generate(request, [&](const v1::GenerateEvent& event) {
+    if (on_event) on_event(event);
     result.preemptions = std::max<uint64_t>(result.preemptions, event.usage().preemptions());
     if (!event.has_token()) return;
     const auto now = steady_clock::now();

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -114,7 +115,9 @@ struct Result {
   std::chrono::steady_clock::duration longest_pause{};  // between two tokens
 };
 
-Result Generate(GenerationClient& client, const v1::GenerateRequest& request);
+// `on_event` sees each event first.
+Result Generate(GenerationClient& client, const v1::GenerateRequest& request,
+                const std::function<void(const v1::GenerateEvent&)>& on_event = nullptr);
 
 // Request i: a prompt of its own length and ids; every second one is sampled at temperature 1.
 v1::GenerateRequest MakeRequest(int i, int64_t max_tokens = 24);
