@@ -211,6 +211,10 @@ void AddUp(CLI::App& app, int* exit_code) {
   command->add_option("--attention", options->attention, "attention workers")
       ->check(CLI::Range(1, 64));
   command->add_option("--experts", options->experts, "expert workers")->check(CLI::Range(1, 256));
+  command
+      ->add_option("--replicas", options->replicas,
+                   "of each expert, on different workers: with two nothing waits when one dies")
+      ->check(CLI::Range(1, 64));
   command->add_option("--address", options->listen,
                       "where the gateway listens; port 0 takes a free one");
   command->add_option("--state-dir", options->state_dir);

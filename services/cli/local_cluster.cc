@@ -143,7 +143,8 @@ void LocalCluster::Describe(const std::string& controller_listen, const std::str
     processes_.push_back(std::move(process));
   };
   add("controller", "controller",
-      {"--listen", controller_listen, "--expected-experts", absl::StrCat(experts_)});
+      {"--listen", controller_listen, "--expected-experts", absl::StrCat(experts_), "--replicas",
+       absl::StrCat(options_.replicas)});
   std::vector<std::string> gateway{"--listen", options_.listen, "--controller", controller};
   if (options_.credentials.insecure) gateway.push_back("--insecure");
   add("gateway", "gateway", std::move(gateway));

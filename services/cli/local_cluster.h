@@ -36,6 +36,7 @@ struct LocalClusterOptions {
   std::string binaries;   // folder of the service binaries; empty: this program's own
   std::string state_dir;  // empty: below the user's state directory, by address
   bool adopt = false;     // take over a running cluster instead of refusing
+  int replicas = 1;       // of each expert
   int threads = 1;
   int prefill_chunk = 128;
   int num_blocks = 256;

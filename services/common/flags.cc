@@ -51,6 +51,9 @@ ServiceFlags ParseFlagsOrExit(ServiceRole role, int argc, char** argv) {
     app.add_option("--expected-experts", flags.expected_experts,
                    "wait for so many before the first placement")
         ->check(CLI::Range(1, 4096));
+    app.add_option("--replicas", flags.replicas,
+                   "of each expert, on different workers (as many as there are, if fewer)")
+        ->check(CLI::Range(1, 64));
   }
   if (role == ServiceRole::kGateway) {
     app.add_option("--max-in-flight", flags.max_in_flight)->check(CLI::Range(1, 100000));

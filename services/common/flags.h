@@ -26,6 +26,7 @@ struct ServiceFlags {
   int stream_lag = 8192;
   // Controller.
   uint32_t expected_experts = 1;
+  uint32_t replicas = 1;
   // Gateway.
   int max_in_flight = 256;
   int64_t default_deadline_ms = 600'000;

@@ -111,10 +111,17 @@ bool ClusterState::Tick(int64_t now_ms) {
 
 bool ClusterState::complete() const {
   if (published_.empty()) return false;
-  return std::all_of(published_.begin(), published_.end(), [&](const PublishedHost& host) {
-    const WorkerRecord* worker = Find(host.node);
-    return worker != nullptr && worker->incarnation == host.incarnation;
-  });
+  for (size_t layer = 0; layer < options_.plan.moe_layers.size(); ++layer) {
+    if (!options_.plan.moe_layers[layer]) continue;
+    std::vector<bool> hosted(options_.plan.experts_per_layer, false);
+    for (const PublishedHost& host : published_) {
+      const WorkerRecord* worker = Find(host.node);
+      if (worker == nullptr || worker->incarnation != host.incarnation) continue;
+      for (const uint32_t expert : host.share.experts[layer]) hosted[expert] = true;
+    }
+    if (std::find(hosted.begin(), hosted.end(), false) != hosted.end()) return false;
+  }
+  return true;
 }
 
 }  // namespace moebius::services

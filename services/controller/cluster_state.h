@@ -72,7 +72,7 @@ class ClusterState {
 
   const WorkerRecord* Find(uint64_t node) const;
   uint64_t epoch() const { return epoch_; }
-  // Every expert of the published placement has a live host.
+  // Every expert has a live host in the published placement.
   bool complete() const;
   // A lease has passed since the first Tick: every live worker has had time to renew here, so one
   // that is unknown is gone. A restarted controller must not be believed before.

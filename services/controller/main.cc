@@ -23,6 +23,7 @@ ClusterOptions MakeClusterOptions(const ModelHost& host, const ServiceFlags& fla
   options.plan.group_size =
       static_cast<uint32_t>(host.config.n_routed_experts / host.config.n_group);
   options.model_digest = model::ToHex(host.manifest.digest);
+  options.plan.replicas = flags.replicas;
   options.expected_experts = flags.expected_experts;
   return options;
 }

@@ -25,7 +25,7 @@ constexpr int64_t kTokens = 300;
 
 // Sends the process `signal` once every stream has begun; the streams' results.
 std::vector<Result> SignalDuringStreams(ScopedCluster& cluster, const std::string& victim,
-                                        int signal) {
+                                        int signal, bool supervised = true) {
   std::atomic<int> begun{0};
   std::vector<std::future<Result>> streams;
   for (int i = 0; i < kStreams; ++i) {
@@ -45,7 +45,7 @@ std::vector<Result> SignalDuringStreams(ScopedCluster& cluster, const std::strin
         EXPECT_EQ(kill(cluster.Pid(victim), signal), 0);
         signalled = true;
       }
-      cluster->Supervise();
+      if (supervised) cluster->Supervise();
     }
     results.push_back(stream.get());
   }
@@ -94,6 +94,38 @@ TEST(AnyProcessDies, TheOnlyAttentionWorkerToo) {
     ExpectSame(results[i], expected[i], absl::StrCat("stream ", i));
     std::printf("stream %d paused for %.0f ms\n", i,
                 std::chrono::duration<double, std::milli>(results[i].longest_pause).count());
+  }
+}
+
+// With two replicas of each expert nobody waits for a dead worker to come back: here it never does.
+// Once its lease has lapsed the others hold two replicas again, and the next one may die.
+TEST(AnyProcessDies, WithReplicasExpertWorkersAreNotMissed) {
+  const std::vector<Result> expected = Yardstick(kStreams, kTokens);
+  LocalClusterOptions options;
+  options.experts = 3;
+  options.replicas = 2;
+  ScopedCluster cluster(options);
+  for (const char* victim : {"expert-1", "expert-2"}) {
+    const uint64_t epoch = cluster.Counters()["placement_epoch"];
+    const std::vector<Result> results =
+        SignalDuringStreams(cluster, victim, SIGKILL, /*supervised=*/false);
+    std::chrono::steady_clock::duration longest{};
+    for (int i = 0; i < kStreams; ++i) {
+      ExpectSame(results[i], expected[i], absl::StrCat(victim, " killed, stream ", i));
+      longest = std::max(longest, results[i].longest_pause);
+    }
+    std::printf("%s killed, replicas: the longest pause of %d streams was %.0f ms\n", victim,
+                kStreams, std::chrono::duration<double, std::milli>(longest).count());
+    // New requests are served all the time.
+    bool placed = false;
+    for (int request = 0; !placed && !HasFailure(); ++request) {
+      const auto counters = cluster.Counters();
+      EXPECT_EQ(counters.at("ready"), 1u);
+      placed = counters.at("placement_epoch") > epoch;
+      ExpectSame(Generate(*cluster.Client(), MakeRequest(1, 24)), Yardstick(2)[1], "meanwhile");
+      ASSERT_LT(request, 1000) << "the others never got the dead one's experts";
+    }
+    if (HasFailure()) return;
   }
 }
 

@@ -90,6 +90,29 @@ TEST(ClusterState, ANewIncarnationIsGivenItsOrderAgain) {
       << "the zombie is fenced";
 }
 
+TEST(ClusterState, WithReplicasItIsCompleteWithoutOneOfThem) {
+  ClusterOptions options = Options(3);
+  options.plan.replicas = 2;
+  ClusterState state(options);
+  for (uint64_t node : {1, 2, 3}) ASSERT_TRUE(state.Renew(Expert(node), 0).ok());
+  state.Tick(1);
+  for (uint64_t node : {1, 2, 3}) RenewDone(state, Expert(node), 2);
+  state.Tick(3);
+  ASSERT_EQ(state.epoch(), 1u);
+  ASSERT_TRUE(state.complete());
+  ASSERT_TRUE(state.Renew(Expert(2, /*incarnation=*/2), 100).ok());
+  EXPECT_TRUE(state.complete()) << "each of its experts has another host";
+  ASSERT_TRUE(state.Renew(Expert(3, /*incarnation=*/2), 101).ok());
+  EXPECT_FALSE(state.complete()) << "some lay on these two alone";
+  // They load again what they had.
+  state.Tick(1000);
+  for (uint64_t node : {2, 3}) RenewDone(state, Expert(node, 2), 1001);
+  RenewDone(state, Expert(1), 1001);
+  state.Tick(1002);
+  EXPECT_EQ(state.epoch(), 2u);
+  EXPECT_TRUE(state.complete());
+}
+
 TEST(ClusterState, ALaterControllersEpochsAreNewer) {
   ClusterOptions options = Options(1);
   options.first_epoch = 1000;
