@@ -46,7 +46,10 @@ absl::Span<const uint16_t> ReplicaTable::Replicas(uint32_t layer, uint32_t exper
 
 void PlanDispatch(const ReplicaTable& replicas, absl::Span<const Destination> destinations,
                   absl::Span<const Exclusion> exclusions, uint32_t layer,
-                  absl::Span<PlanItem> items, std::vector<uint64_t>& load) {
+                  absl::Span<PlanItem> items, PlanScratch& scratch) {
+  std::vector<uint64_t>& load = scratch.load;
+  const size_t experts = replicas.experts();
+  scratch.reads.assign(destinations.size() * experts, 0);
   load.clear();
   for (const Destination& destination : destinations) load.push_back(destination.outstanding_items);
   size_t row_begin = 0;
@@ -56,6 +59,7 @@ void PlanDispatch(const ReplicaTable& replicas, absl::Span<const Destination> de
     item.destination = kNoDestination;
     bool best_slow = true;
     bool best_used = false;
+    uint64_t best_cost = 0;
     for (uint16_t candidate : replicas.Replicas(layer, item.expert)) {
       const Destination& destination = destinations[candidate];
       if (destination.state == DestinationState::kDown || candidate == item.avoid[0] ||
@@ -70,17 +74,21 @@ void PlanDispatch(const ReplicaTable& replicas, absl::Span<const Destination> de
       const bool slow = destination.state == DestinationState::kSlow;
       bool used = false;
       for (size_t j = row_begin; j < i; ++j) used = used || items[j].destination == candidate;
-      const bool better =
-          item.destination == kNoDestination || (best_slow && !slow) ||
-          (best_slow == slow && used && !best_used) ||
-          (best_slow == slow && used == best_used && load[candidate] < load[item.destination]);
+      const bool reads = scratch.reads[candidate * experts + item.expert] != 0;
+      const uint64_t cost = load[candidate] + (reads ? 0 : kWeightsInRows);
+      const bool better = item.destination == kNoDestination || (best_slow && !slow) ||
+                          (best_slow == slow && used && !best_used) ||
+                          (best_slow == slow && used == best_used && cost < best_cost);
       if (better) {
         item.destination = candidate;
         best_slow = slow;
         best_used = used;
+        best_cost = cost;
       }
     }
-    if (item.destination != kNoDestination) ++load[item.destination];
+    if (item.destination == kNoDestination) continue;
+    scratch.reads[item.destination * experts + item.expert] = 1;
+    ++load[item.destination];
   }
 }
 

@@ -4,11 +4,12 @@
 // the known state of the destinations: deterministic, and free as far as results go (experts are
 // pure: any choice gives the same bits). It decides bytes and load only:
 //   - a pair goes to a destination that this row goes to anyway, if there is one: a row travels
-//   once per
-//     destination, and a planner that keeps gate groups together then needs few of them;
-//   - otherwise to the destination with the least load (rows outstanding there plus rows of this
-//   plan), ties to
-//     the placement's order of preference;
+//   once
+//     per destination, and a planner that keeps gate groups together then needs few of them;
+//   - otherwise to the destination with the least load, in rows: those outstanding there, those of
+//     this plan, and so many more as the expert's weights are worth if this plan does not make it
+//     read them yet. So the few rows of a decoding step that share an expert share a replica, and
+//     many rows are spread. Ties: the placement's order;
 //   - slow destinations only when nobody else hosts the expert; down or excluded ones never.
 
 #include <cstdint>
@@ -35,6 +36,7 @@ class ReplicaTable {
   // Collects every address of `placement` in ascending order.
   void Build(const Placement& placement, std::vector<Destination>& destinations);
   absl::Span<const uint16_t> Replicas(uint32_t layer, uint32_t expert) const;
+  uint32_t experts() const { return experts_; }
   bool built() const { return experts_ != 0; }
 
  private:
@@ -60,10 +62,20 @@ struct Exclusion {
   uint32_t expert = 0;
 };
 
-// Fills `destination` of each item. REQUIRES: items of one row are adjacent. `load` is scratch of
-// one entry per destination.
+// Reading an expert's weights costs as much as so many rows. Of the grouped FFN's own cost it is
+// 260 and more on an H200 (docs/kernels-cuda.md: 1 against 64 and 128 rows an expert) and a few on
+// a CPU.
+inline constexpr uint64_t kWeightsInRows = 32;
+
+// Memory of PlanDispatch between calls: after the first ones it allocates nothing.
+struct PlanScratch {
+  std::vector<uint64_t> load;  // [destinations]
+  std::vector<uint8_t> reads;  // [destinations, experts]: the plan makes it read that expert
+};
+
+// Fills `destination` of each item. REQUIRES: items of one row are adjacent.
 void PlanDispatch(const ReplicaTable& replicas, absl::Span<const Destination> destinations,
                   absl::Span<const Exclusion> exclusions, uint32_t layer,
-                  absl::Span<PlanItem> items, std::vector<uint64_t>& load);
+                  absl::Span<PlanItem> items, PlanScratch& scratch);
 
 }  // namespace moebius::router

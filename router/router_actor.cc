@@ -220,7 +220,7 @@ void RouterActor::SendUnsent(Round& round, runtime::Context& context) {
     round.has_unsent = !plan_.empty();
     if (plan_.empty()) return;
     PlanDispatch(replicas_, destinations_, exclusions_, round.request.header.layer,
-                 absl::MakeSpan(plan_), load_);
+                 absl::MakeSpan(plan_), plan_scratch_);
     bool lost_one = false;
     bool all_sent = true;
     for (uint16_t d = 0; d < destinations_.size(); ++d) {
@@ -555,7 +555,8 @@ void RouterActor::OnPlacement(const PlacementUpdate& update, runtime::Context& c
   const std::vector<AnswerTimes> times_before = answer_times_;
   placement_ = update.placement;
   replicas_.Build(*placement_, destinations_);
-  load_.reserve(destinations_.size());
+  plan_scratch_.load.reserve(destinations_.size());
+  plan_scratch_.reads.reserve(destinations_.size() * replicas_.experts());
   exclusions_.clear();
   answer_times_.assign(destinations_.size(), AnswerTimes());
 
@@ -652,7 +653,7 @@ void RouterActor::OnTick(runtime::Context& context) {
     }
     if (!plan_.empty()) {
       PlanDispatch(replicas_, destinations_, exclusions_, round.request.header.layer,
-                   absl::MakeSpan(plan_), load_);
+                   absl::MakeSpan(plan_), plan_scratch_);
       for (uint16_t d = 0; d < destinations_.size(); ++d) {
         share_.clear();
         for (const PlanItem& item : plan_) {

@@ -99,7 +99,7 @@ class RouterActor final : public runtime::Actor {
   std::vector<std::pair<NodeId, DestinationState>> links_;  // last known state of each remote node
   std::vector<PlanItem> plan_;
   std::vector<PlanItem> share_;
-  std::vector<uint64_t> load_;
+  PlanScratch plan_scratch_;
 };
 
 }  // namespace moebius::router

@@ -4,6 +4,7 @@
 #include "router/dispatch_plan.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 
 #include "base/prng.h"
@@ -39,13 +40,13 @@ struct Fixture {
       item.expert = expert;
       items.push_back(item);
     }
-    PlanDispatch(replicas, destinations, exclusions, 1, absl::MakeSpan(items), load);
+    PlanDispatch(replicas, destinations, exclusions, 1, absl::MakeSpan(items), scratch);
     return items;
   }
   ReplicaTable replicas;
   std::vector<Destination> destinations;  // 0: node 1, 1: node 2, 2: node 3
   std::vector<Exclusion> exclusions;
-  std::vector<uint64_t> load;
+  PlanScratch scratch;
 };
 
 TEST(PlanDispatch, PlacesEveryPairOnAHostOfIt) {
@@ -87,6 +88,30 @@ TEST(PlanDispatch, LoadSpreadsRowsOverReplicas) {
   EXPECT_EQ(first, 50);
 }
 
+// A decoding step: few rows, each with experts of its own. No expert's weights are read twice.
+TEST(PlanDispatch, FewRowsOfAnExpertGoToOneReplica) {
+  Fixture fixture;
+  Prng prng(2);
+  for (int round = 0; round < 100; ++round) {
+    std::vector<std::pair<uint32_t, uint32_t>> pairs;
+    for (uint32_t row = 0; row < 16; ++row) {
+      pairs.emplace_back(row, static_cast<uint32_t>(prng.Below(kExperts)));
+    }
+    std::map<uint32_t, std::set<uint16_t>> readers;
+    std::map<uint16_t, size_t> experts_at;
+    for (const PlanItem& item : fixture.Plan(pairs)) {
+      readers[item.expert].insert(item.destination);
+    }
+    for (const auto& [expert, destinations] : readers) {
+      EXPECT_EQ(destinations.size(), 1u) << "expert " << expert;
+      ++experts_at[*destinations.begin()];
+    }
+    if (readers.size() == kExperts) {
+      EXPECT_EQ(experts_at.size(), 3u) << "and experts are dealt to all who have them";
+    }
+  }
+}
+
 TEST(PlanDispatch, AvoidsSlowDownExcludedAndAsked) {
   Fixture fixture;
   fixture.destinations[0].state = DestinationState::kSlow;
@@ -99,7 +124,8 @@ TEST(PlanDispatch, AvoidsSlowDownExcludedAndAsked) {
   std::vector<PlanItem> hedge(1);
   hedge[0].expert = 4;
   hedge[0].avoid[0] = 1;
-  PlanDispatch(fixture.replicas, fixture.destinations, {}, 1, absl::MakeSpan(hedge), fixture.load);
+  PlanDispatch(fixture.replicas, fixture.destinations, {}, 1, absl::MakeSpan(hedge),
+               fixture.scratch);
   EXPECT_EQ(hedge[0].destination, kNoDestination) << "asked already, and the other host is down";
 }
 
