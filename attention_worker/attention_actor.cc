@@ -375,9 +375,10 @@ void AttentionActor::Impl::EmitScores(Sequence* sequence, int32_t begin, int32_t
 
 void AttentionActor::Impl::FailBackend(const absl::Status& status, runtime::Context& context) {
   const bool first = backend_status_.ok();
-  backend_status_ = status;
+  // Whatever the backend calls it, it is no fault of a request.
+  if (first) backend_status_ = absl::InternalError(absl::StrCat("backend: ", status.message()));
   while (Sequence* sequence = scheduler_.Oldest()) {
-    EndEarly(sequence, FinishReason::kError, status, context);
+    EndEarly(sequence, FinishReason::kError, backend_status_, context);
   }
   if (first && on_backend_failure_) on_backend_failure_(status);
   // The step ends when no compute work refers to it any more.

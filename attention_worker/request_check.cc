@@ -33,9 +33,8 @@ absl::Status CheckPrompt(const Submit& request, const RequestLimits& limits) {
                                               " fit the context of ", limits.max_context));
   }
   if (BlocksForTokens(length) > limits.num_blocks) {
-    return absl::ResourceExhaustedError(absl::StrCat("prompt: needs ", BlocksForTokens(length),
-                                                     " cache blocks, the cache has ",
-                                                     limits.num_blocks));
+    return absl::OutOfRangeError(absl::StrCat("prompt: needs ", BlocksForTokens(length),
+                                              " cache blocks, the cache has ", limits.num_blocks));
   }
   return absl::OkStatus();
 }
@@ -102,9 +101,9 @@ absl::Status CheckRequest(const Submit& request, const RequestLimits& limits) {
   const int64_t cached = std::max<int64_t>(FinalLength(request, limits) - 1,
                                            static_cast<int64_t>(request.prompt.size()));
   if (BlocksForTokens(cached) > limits.num_blocks) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("max_tokens: prompt and generation need ", BlocksForTokens(cached),
-                     " cache blocks, the cache has ", limits.num_blocks));
+    return absl::OutOfRangeError(absl::StrCat("max_tokens: prompt and generation need ",
+                                              BlocksForTokens(cached),
+                                              " cache blocks, the cache has ", limits.num_blocks));
   }
   return absl::OkStatus();
 }

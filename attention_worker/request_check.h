@@ -23,8 +23,8 @@ struct RequestLimits {
 // are a part), cut at the context.
 int64_t FinalLength(const Submit& request, const RequestLimits& limits);
 
-// INVALID_ARGUMENT (malformed), OUT_OF_RANGE (beyond the context), RESOURCE_EXHAUSTED (can never
-// fit the cache), FAILED_PRECONDITION (stop strings without a tokenizer).
+// INVALID_ARGUMENT (malformed), OUT_OF_RANGE (beyond the context, or more than the whole cache),
+// FAILED_PRECONDITION (stop strings without a tokenizer).
 absl::Status CheckRequest(const Submit& request, const RequestLimits& limits);
 
 }  // namespace moebius::attention_worker

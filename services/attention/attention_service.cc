@@ -23,18 +23,21 @@ namespace {
 constexpr std::chrono::milliseconds kBeatPeriod(100);
 
 // One request's events from the node's loop to the stream's thread, with beats among them: those
-// too come from the loop, so a worker that hangs has none. The first beat follows the request
-// through the same mailbox and says that it is aboard.
+// too come from the loop, so a worker whose loop hangs has none. The first beat comes before the
+// request is posted: once its client has it, a death may be the request's doing, and never before.
 template <typename Event>
 class RequestEvents {
  public:
-  RequestEvents(runtime::Node* node, RequestId request, size_t limit, grpc::ServerContext* context)
-      : node_(node), request_(request), context_(context) {
+  // `ending`: set once this process ends, whatever is aboard.
+  RequestEvents(runtime::Node* node, RequestId request, size_t limit, grpc::ServerContext* context,
+                const std::atomic<bool>* ending)
+      : node_(node), request_(request), context_(context), ending_(ending) {
     // Whoever reads too slowly is cut off where it stands, in the middle of a write too.
     queue_ = std::make_shared<Queue>(limit, [node, request, context] {
       (void)node->Post(runtime::kAttentionWorker, attention_worker::Cancel{request});
       context->TryCancel();
     });
+    Ping();
   }
   ~RequestEvents() { queue_->Close(); }
   RequestEvents(const RequestEvents&) = delete;
@@ -44,19 +47,24 @@ class RequestEvents {
   std::function<void(const Event&)> Sink() const {
     return [queue = queue_](const Event& event) { queue->Push(event); };
   }
-  absl::Status Submit(attention_worker::Submit submit) {
-    RETURN_IF_ERROR(node_->Post(runtime::kAttentionWorker, std::move(submit)));
-    Ping();
-    return absl::OkStatus();
+  // Behind a beat that has been written. Only the first call posts anything.
+  absl::Status SubmitOnce(attention_worker::Submit& submit) {
+    if (submitted_) return absl::OkStatus();
+    submitted_ = true;
+    return node_->Post(runtime::kAttentionWorker, std::move(submit));
   }
-  // The next event, or nullopt for a beat. CANCELLED when nobody listens any more: the request has
-  // been cancelled then.
+  // The next event, or nullopt for a beat. CANCELLED when nobody listens any more, ABORTED when
+  // this process ends: the request has been cancelled then.
   absl::StatusOr<std::optional<Event>> Next() {
     while (true) {
       std::optional<std::optional<Event>> item = queue_->Pop(kBeatPeriod);
       if (context_->IsCancelled() || queue_->overflowed()) {
         Cancel();
         return absl::CancelledError("the client is gone or does not read");
+      }
+      if (*ending_) {
+        Cancel();
+        return absl::AbortedError("this worker ends");
       }
       if (!item) {
         if (!pinged_) Ping();
@@ -80,8 +88,10 @@ class RequestEvents {
   runtime::Node* const node_;
   const RequestId request_;
   grpc::ServerContext* const context_;
+  const std::atomic<bool>* const ending_;
   std::shared_ptr<Queue> queue_;
   bool pinged_ = false;
+  bool submitted_ = false;
 };
 
 }  // namespace
@@ -90,10 +100,10 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
                                     const v1::ResolvedRequest* request,
                                     grpc::ServerWriter<v1::WorkerToken>* writer) {
   using attention_worker::TokenEvent;
-  RequestEvents<TokenEvent> events(node_, RequestId(request->request()), stream_lag_, context);
+  RequestEvents<TokenEvent> events(node_, RequestId(request->request()), stream_lag_, context,
+                                   &ending_);
   attention_worker::Submit submit = ToSubmit(*request);
   submit.on_token = events.Sink();
-  if (absl::Status posted = events.Submit(std::move(submit)); !posted.ok()) return ToGrpc(posted);
   while (true) {
     const absl::StatusOr<std::optional<TokenEvent>> event = events.Next();
     if (!event.ok()) return ToGrpc(event.status());
@@ -109,6 +119,7 @@ grpc::Status AttentionRpc::Generate(grpc::ServerContext* context,
       events.Cancel();
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
     }
+    if (absl::Status posted = events.SubmitOnce(submit); !posted.ok()) return ToGrpc(posted);
     // At a deadline the last event has the reason and the call the code.
     if (token.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) return ToGrpc((*event)->status);
   }
@@ -121,7 +132,7 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
   using Step = std::variant<ScoreEvent, TokenEvent>;  // a TokenEvent: it ended without its scores
   // The scores of a whole context may be there before the first of them is written.
   constexpr size_t kScoreLag = size_t{1} << 20;
-  RequestEvents<Step> events(node_, RequestId(request->request()), kScoreLag, context);
+  RequestEvents<Step> events(node_, RequestId(request->request()), kScoreLag, context, &ending_);
   attention_worker::Submit submit;
   submit.request = RequestId(request->request());
   submit.prompt.assign(request->prompt().begin(), request->prompt().end());
@@ -129,7 +140,6 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
   submit.deadline_ms = request->deadline_ms();
   submit.on_score = [sink = events.Sink()](const ScoreEvent& event) { sink(event); };
   submit.on_token = [sink = events.Sink()](const TokenEvent& event) { sink(event); };
-  if (absl::Status posted = events.Submit(std::move(submit)); !posted.ok()) return ToGrpc(posted);
   while (true) {
     const absl::StatusOr<std::optional<Step>> step = events.Next();
     if (!step.ok()) return ToGrpc(step.status());
@@ -153,6 +163,7 @@ grpc::Status AttentionRpc::Score(grpc::ServerContext* context, const v1::Resolve
       events.Cancel();
       return grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone");
     }
+    if (absl::Status posted = events.SubmitOnce(submit); !posted.ok()) return ToGrpc(posted);
     if (score != nullptr && score->last) return grpc::Status::OK;
   }
 }
@@ -283,7 +294,10 @@ void AttentionProcess::Drain() {
   std::future<void> done = drained->get_future();
   (void)data_->node().Post(runtime::kAttentionWorker,
                            attention_worker::Drain{[drained] { drained->set_value(); }});
-  done.wait_for(std::chrono::seconds(30));
+  if (done.wait_for(std::chrono::seconds(30)) != std::future_status::ready) {
+    // Others go on with what is still aboard.
+    rpc_->EndStreams();
+  }
   controller_->Stop();
   server_.server->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(1));
   data_->Stop();

@@ -30,10 +30,13 @@ class AttentionRpc final : public v1::AttentionService::Service {
                         grpc::ServerWriter<v1::WorkerToken>* writer) override;
   grpc::Status Score(grpc::ServerContext* context, const v1::ResolvedScore* request,
                      grpc::ServerWriter<v1::WorkerScore>* writer) override;
+  // Ends every stream with ABORTED, soon: this process ends.
+  void EndStreams() { ending_ = true; }
 
  private:
   runtime::Node* const node_;
   const size_t stream_lag_;
+  std::atomic<bool> ending_{false};
 };
 
 class AttentionProcess {

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <random>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "services/attention/event_queue.h"
 #include "services/common/grpc_status.h"
@@ -60,28 +62,49 @@ absl::Status GenerationClient::Generate(
   const auto begin = steady_clock::now();
   auto news = begin;  // when something last came
   bool accepted = false;
+  v1::FinishReason finish = v1::FINISH_REASON_UNSPECIFIED;
   std::chrono::milliseconds back_off(0);
+  std::minstd_rand dice(std::random_device{}());
   while (true) {
     grpc::ClientContext context;
     SetDeadline(context, present.deadline_ms());
     auto reader = stub_->Generate(&context, present);
     v1::GenerateEvent event;
     bool stopped = false;
-    while (reader->Read(&event)) {
+    bool disorder = false;
+    while (!disorder && reader->Read(&event)) {
       news = steady_clock::now();
       back_off = std::chrono::milliseconds(0);
-      if (event.has_token()) present.mutable_resume()->add_token_ids(event.token_id());
-      if (present.resume().numerics_class().empty()) {
-        present.mutable_resume()->set_numerics_class(event.numerics_class());
-      }
+      v1::Resume& resume = *present.mutable_resume();
+      // A gateway that does not know how to go on begins anew: nothing is shown twice.
+      disorder = event.token_index() != static_cast<uint64_t>(resume.token_ids_size());
+      if (disorder) break;
+      if (event.has_token()) resume.add_token_ids(event.token_id());
+      if (resume.numerics_class().empty()) resume.set_numerics_class(event.numerics_class());
+      resume.set_inexact(resume.inexact() || event.inexact());
+      finish = event.finish_reason();
       on_event(event);
       stopped = stop && stop();
       if (stopped) context.TryCancel();
     }
+    if (disorder) {
+      context.TryCancel();
+      (void)reader->Finish();
+      return absl::DataLossError(absl::StrCat("token_index: ", event.token_index(),
+                                              " from the gateway, ",
+                                              present.resume().token_ids_size(), " is the next"));
+    }
     const absl::Status status = FromGrpc(reader->Finish());
+    // All is said: what became of the gateway since makes no difference.
+    if (finish == v1::FINISH_REASON_STOP || finish == v1::FINISH_REASON_LENGTH) {
+      return absl::OkStatus();
+    }
+    if (finish != v1::FINISH_REASON_UNSPECIFIED) return status;
     // Whoever never accepted the request may not be there at all: that is for the caller to know.
     accepted = accepted || context.GetServerInitialMetadata().count(kAcceptedMetadata) > 0;
-    if (!absl::IsUnavailable(status) || stopped || !accepted) return status;
+    // One that was accepted once is not given up because others were quicker at the next gateway.
+    const bool again = absl::IsUnavailable(status) || absl::IsResourceExhausted(status);
+    if (!again || stopped || !accepted) return status;
     if (steady_clock::now() - news > reconnect_) return status;
     if (request.deadline_ms() > 0) {
       const auto spent =
@@ -92,7 +115,9 @@ absl::Status GenerationClient::Generate(
     // A channel moves on only while somebody waits for it. A gateway that is there and refuses (it
     // drains) is not asked without a pause.
     const auto patience = std::chrono::system_clock::now() + kConnectPatience;
-    if (channel_->WaitForConnected(patience)) std::this_thread::sleep_for(back_off);
+    if (channel_->WaitForConnected(patience)) {
+      std::this_thread::sleep_for(back_off * (dice() % 100) / 100);  // clients do not come in step
+    }
     back_off = std::clamp(back_off * 2, std::chrono::milliseconds(20), kConnectPatience);
     if (stop && stop()) return absl::CancelledError("cancelled");
   }

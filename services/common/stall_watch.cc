@@ -38,13 +38,24 @@ StallWatch::~StallWatch() {
 
 void StallWatch::Loop() {
   const auto period = std::max(limit_ / 4, std::chrono::milliseconds(1));
+  const int64_t period_ns = std::chrono::nanoseconds(period).count();
+  const int64_t limit_ns = std::chrono::nanoseconds(limit_).count();
   std::unique_lock<std::mutex> lock(mutex_);
+  int64_t looked = NowNs();
   while (!wake_.wait_for(lock, period, [this] { return stopping_; })) {
-    const int64_t oldest =
-        NowNs() - std::chrono::duration_cast<std::chrono::nanoseconds>(limit_).count();
+    const int64_t now = NowNs();
+    // One that wakes up late has itself been away.
+    const int64_t away = std::max<int64_t>(now - looked - 2 * period_ns, 0);
+    looked = now;
     for (Stream* stream : streams_) {
-      const int64_t since = stream->since_ns_.load();
-      if (since == 0 || since > oldest || !stream->cut_) continue;
+      int64_t since = stream->since_ns_.load();
+      if (since == 0 || !stream->cut_) continue;
+      if (away > 0) {
+        // Unless the step has ended, or another begun.
+        stream->since_ns_.compare_exchange_strong(since, std::min(since + away, now));
+        continue;
+      }
+      if (now - since < limit_ns) continue;
       stream->cut_();
       stream->cut_ = nullptr;
     }

@@ -3,6 +3,9 @@
 // Ends calls that stall. A write to a client that does not read blocks on HTTP/2 flow control for
 // as long as the connection lives, and so does a read from a host that vanished without a word;
 // nothing but cancelling the call ends either.
+//
+// Time in which this process did not run (stopped, its cores taken away) does not count: what came
+// meanwhile has not been read yet, and nobody else is to blame.
 
 #include <atomic>
 #include <chrono>

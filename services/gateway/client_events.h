@@ -17,8 +17,8 @@
 
 namespace moebius::services {
 
-// Initial metadata of a Generate call that was accepted: whatever ends the call now, the request
-// may be sent again with what has been received of it (v1::Resume).
+// Initial metadata of a Generate call that some worker has taken in: whatever ends the call now,
+// the request may be sent again with what has been received of it (v1::Resume).
 inline constexpr char kAcceptedMetadata[] = "moebius-accepted";
 
 class ClientEvents {

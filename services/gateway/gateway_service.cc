@@ -132,11 +132,8 @@ grpc::Status Gateway::Generate(grpc::ServerContext* context, const v1::GenerateR
   const absl::StatusOr<std::unique_ptr<Place>> place = Admit();
   if (!place.ok()) return ToGrpc(place.status());
   const std::string id = IdOf(request->request_id());
-  // The client knows from here on that asking again would be going on.
-  context->AddInitialMetadata(kAcceptedMetadata, "1");
-  writer->SendInitialMetadata();
   StreamRelay relay(Parts(), *context, id, resolved->deadline_ms());
-  return relay.Generate(*std::move(resolved), request->resume().numerics_class(), *writer);
+  return relay.Generate(*std::move(resolved), request->resume(), *writer);
 }
 
 grpc::Status Gateway::Score(grpc::ServerContext* context, const v1::ScoreRequest* request,

@@ -69,13 +69,16 @@ absl::StatusOr<std::vector<TokenId>> EncodeChat(const ModelHost& host,
   return model::EncodeChat(*host.tokenizer, segments);
 }
 
-absl::Status CheckRequestId(const std::string& id) {
-  if (id.size() > 128) return absl::InvalidArgumentError("request_id: longer than 128 bytes");
-  // It goes to logs and back to clients: no line breaks, no terminal commands.
-  const auto bad = std::find_if(id.begin(), id.end(), [](char c) { return c < 0x20 || c > 0x7e; });
-  if (bad == id.end()) return absl::OkStatus();
+// It goes to logs and back to clients: no line breaks, no terminal commands.
+absl::Status CheckPrintable(const std::string& text, absl::string_view field) {
+  if (text.size() > 128) {
+    return absl::InvalidArgumentError(absl::StrCat(field, ": longer than 128 bytes"));
+  }
+  const auto bad =
+      std::find_if(text.begin(), text.end(), [](char c) { return c < 0x20 || c > 0x7e; });
+  if (bad == text.end()) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat("request_id: byte ", bad - id.begin(), " is not printable ASCII"));
+      absl::StrCat(field, ": byte ", bad - text.begin(), " is not printable ASCII"));
 }
 
 // With the default put in.
@@ -113,6 +116,7 @@ absl::Status CheckResume(const ModelHost& host, const v1::ResolvedRequest& resol
                                                    " tokens, max_tokens allows ",
                                                    resolved.max_tokens()));
   }
+  RETURN_IF_ERROR(CheckPrintable(resume.numerics_class(), "resume.numerics_class"));
   const std::string model = absl::StrCat(model::ToHex(host.manifest.digest), "/");
   if (!resume.numerics_class().empty() && !absl::StartsWith(resume.numerics_class(), model)) {
     return absl::FailedPreconditionError(
@@ -135,7 +139,7 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
                                                     const RequestLimits& limits,
                                                     const v1::GenerateRequest& request) {
   RETURN_IF_ERROR(CheckModel(host, request.model()));
-  RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  RETURN_IF_ERROR(CheckPrintable(request.request_id(), "request_id"));
   if (request.max_tokens() < 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("max_tokens: ", request.max_tokens(), " is negative"));
@@ -219,7 +223,7 @@ absl::StatusOr<v1::ResolvedRequest> ResolveGenerate(const ModelHost& host,
 absl::StatusOr<v1::ResolvedScore> ResolveScore(const ModelHost& host, const RequestLimits& limits,
                                                const v1::ScoreRequest& request) {
   RETURN_IF_ERROR(CheckModel(host, request.model()));
-  RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  RETURN_IF_ERROR(CheckPrintable(request.request_id(), "request_id"));
   ASSIGN_OR_RETURN(const int64_t deadline_ms, ResolveDeadline(request.deadline_ms(), limits));
   RETURN_IF_ERROR(CheckPromptIds(host, request.token_ids().ids()));
   RETURN_IF_ERROR(

@@ -5,17 +5,16 @@
 namespace moebius::services {
 namespace {
 
-// Another worker would say the same.
+// Another worker would say the same, or the client is the reason (CANCELLED: it does not read what
+// the worker sends). Codes that speak of the call and not of the request are no end: a port may be
+// somebody else's by now, a certificate in the middle of its replacement.
 bool IsFinal(const absl::Status& status, bool ever_aboard) {
   switch (status.code()) {
     case absl::StatusCode::kInvalidArgument:
     case absl::StatusCode::kOutOfRange:
     case absl::StatusCode::kFailedPrecondition:
-    case absl::StatusCode::kNotFound:
-    case absl::StatusCode::kUnimplemented:
-    case absl::StatusCode::kUnauthenticated:
-    case absl::StatusCode::kPermissionDenied:
     case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kCancelled:
       return true;
     case absl::StatusCode::kResourceExhausted:
       // A new request may be refused by a full worker. One whose stream has begun waits instead.
@@ -23,6 +22,11 @@ bool IsFinal(const absl::Status& status, bool ever_aboard) {
     default:
       return false;
   }
+}
+
+// The worker lives, and says that it will not go on: it is full, or it drains.
+bool IsRefusal(const absl::Status& status) {
+  return absl::IsResourceExhausted(status) || absl::IsAborted(status);
 }
 
 }  // namespace
@@ -50,7 +54,7 @@ absl::Status RequestJournal::Record(uint64_t index, TokenId token, bool last) {
 absl::Status RequestJournal::AttemptEnded(const absl::Status& status) {
   ever_aboard_ = ever_aboard_ || aboard_;
   if (IsFinal(status, ever_aboard_)) return status;
-  if (!aboard_) return absl::OkStatus();
+  if (!aboard_ || IsRefusal(status)) return absl::OkStatus();
   aboard_ = false;
   if (++deaths_ < kMostDeaths) return absl::OkStatus();
   return absl::InternalError(absl::StrCat(

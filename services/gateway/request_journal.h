@@ -44,6 +44,8 @@ class RequestJournal {
   // The present attempt's worker has taken the request in: if it dies now, that may be the
   // request's doing.
   void TakenAboard() { aboard_ = true; }
+  // The request has come further than ever before. Record says so itself.
+  void Progressed() { deaths_ = 0; }
 
   // The next event of the present attempt: a token and its index among the generated ones, or,
   // with token < 0, an end without one. DATA_LOSS, and no effect, if it is not the next one: the

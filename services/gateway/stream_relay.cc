@@ -20,6 +20,8 @@ constexpr std::chrono::seconds kDeadlineGrace(2);
 // Another arithmetic is better than none, but not than a worker that is being restarted, or whose
 // death the controller has not noticed yet.
 constexpr std::chrono::seconds kClassPatience(3);
+// A stream that has begun asks a worker that is full again so soon.
+constexpr milliseconds kFullWorkerPause(100);
 
 }  // namespace
 
@@ -47,7 +49,7 @@ class StreamRelay::Call {
     if (!read) return false;
     hold.Answered();
     journal.TakenAboard();
-    relay_.progress_ = steady_clock::now();
+    relay_.answered_ = true;
     return true;
   }
   template <typename Reader>
@@ -73,7 +75,6 @@ StreamRelay::StreamRelay(const RelayParts& parts, grpc::ServerContext& client,
       client_(client),
       request_id_(std::move(request_id)),
       begin_(steady_clock::now()),
-      progress_(begin_),
       deadline_(begin_ + milliseconds(deadline_ms)) {}
 
 int64_t StreamRelay::RemainingMs() const {
@@ -88,14 +89,20 @@ absl::Status StreamRelay::DeadlineStatus() const {
 grpc::Status StreamRelay::Run(RequestJournal& journal,
                               const std::function<absl::Status(Hold&)>& attempt) {
   const auto first_until = std::min(deadline_, begin_ + parts_.worker_wait);
-  absl::Status last = absl::UnavailableError("no attention worker is ready");
+  WorkerTable::Wish wish;
+  std::string last = "no attention worker is ready";
   while (true) {
-    const absl::StatusOr<std::unique_ptr<Hold>> hold = parts_.workers.Take(
-        {numerics_class_, progress_ + kClassPatience, journal.suspect()},
-        journal.aboard_once() ? deadline_ : first_until, [this] { return client_.IsCancelled(); });
+    // Without a token there is nothing that another class could differ from.
+    if (journal.generated().empty()) numerics_class_.clear();
+    wish.numerics_class = numerics_class_;
+    wish.suspect = journal.suspect();
+    const absl::StatusOr<std::unique_ptr<Hold>> hold =
+        parts_.workers.Take(wish, journal.aboard_once() ? deadline_ : first_until,
+                            [this] { return client_.IsCancelled(); });
     if (!hold.ok()) {
       if (absl::IsCancelled(hold.status())) return ToGrpc(hold.status());
-      return ToGrpc(steady_clock::now() >= deadline_ ? DeadlineStatus() : last);
+      return ToGrpc(steady_clock::now() >= deadline_ ? DeadlineStatus()
+                                                     : absl::UnavailableError(last));
     }
     if (numerics_class_.empty()) numerics_class_ = (*hold)->numerics_class();
     if (!inexact_ && (*hold)->numerics_class() != numerics_class_) {
@@ -105,29 +112,37 @@ grpc::Status StreamRelay::Run(RequestJournal& journal,
                                " is left, goes on as ", (*hold)->numerics_class()));
     }
     journal.BeginAttempt();
+    answered_ = false;
     const absl::Status ended = attempt(**hold);
     if (ended.ok()) return grpc::Status::OK;
     if (journal.finished()) return ToGrpc(ended);
     if (client_gone_ || client_.IsCancelled()) return ToGrpc(absl::CancelledError("cancelled"));
-    last = journal.AttemptEnded(ended);
-    if (!last.ok()) {
+    const absl::Status verdict = journal.AttemptEnded(ended);
+    if (!verdict.ok()) {
       if (journal.deaths() == RequestJournal::kMostDeaths) {
         ++parts_.counters.requests_poisonous;
-        LOG_ERROR(absl::StrCat("request ", request_id_, ": ", last.message()));
+        LOG_ERROR(absl::StrCat("request ", request_id_, ": ", verdict.message()));
       }
-      return ToGrpc(last);
+      return ToGrpc(verdict);
     }
-    (*hold)->Failed();
-    last = ended;
+    const auto now = steady_clock::now();
+    if (absl::IsResourceExhausted(ended)) {
+      // It is there, only full: others need not be kept from it.
+      wish.not_before = now + kFullWorkerPause;
+    } else {
+      (*hold)->Failed();
+    }
+    if (answered_) wish.any_class_from = now + kClassPatience;
+    last = std::string(ended.message());
     LOG_INFO(absl::StrCat("request ", request_id_, ": attempt ", journal.attempts(), " ended (",
-                          ended.message(), "), goes on behind ", journal.generated().size(),
-                          " tokens"));
+                          last, "), goes on behind ", journal.generated().size(), " tokens"));
   }
 }
 
-grpc::Status StreamRelay::Generate(v1::ResolvedRequest request, std::string numerics_class,
+grpc::Status StreamRelay::Generate(v1::ResolvedRequest request, const v1::Resume& resume,
                                    grpc::ServerWriter<v1::GenerateEvent>& writer) {
-  numerics_class_ = std::move(numerics_class);
+  numerics_class_ = resume.numerics_class();
+  inexact_ = resume.inexact();
   RequestJournal journal({request.generated().begin(), request.generated().end()});
   ClientEvents events(parts_.host, request_id_, static_cast<size_t>(request.prompt_size()),
                       journal.generated());
@@ -161,6 +176,12 @@ absl::Status StreamRelay::GenerateOnce(Hold& hold, RequestJournal& journal,
   bool counted = journal.attempts() == 1;
   absl::Status disorder;
   while (call.Read(*reader, token, hold, journal)) {
+    if (!accepted_) {
+      // The client knows from here on that asking again would be going on.
+      accepted_ = true;
+      client_.AddInitialMetadata(kAcceptedMetadata, "1");
+      writer.SendInitialMetadata();
+    }
     if (!counted) {
       counted = true;
       ++parts_.counters.requests_replayed;
@@ -183,15 +204,15 @@ absl::Status StreamRelay::GenerateOnce(Hold& hold, RequestJournal& journal,
     write.Begin();
     client_gone_ = !writer.Write(event);
     write.End();
-    if (client_gone_) break;
+    if (client_gone_ || last) break;
   }
-  if (client_gone_ || !disorder.ok()) call.context()->TryCancel();
+  // All is said, or nothing more is wanted: how the worker ends its call makes no difference.
+  if (client_gone_ || journal.finished() || !disorder.ok()) call.context()->TryCancel();
   const absl::Status status = call.Finish(*reader);
   if (!disorder.ok()) return disorder;
   if (!journal.finished()) {
     return status.ok() ? absl::UnavailableError("the stream broke off") : status;
   }
-  // All is said; how the worker's call ended makes no difference any more.
   switch (token.finish_reason()) {
     case v1::FINISH_REASON_DEADLINE:
       return DeadlineStatus();
@@ -204,11 +225,13 @@ absl::Status StreamRelay::GenerateOnce(Hold& hold, RequestJournal& journal,
 
 grpc::Status StreamRelay::Score(v1::ResolvedScore request, v1::ScoreReply& reply) {
   RequestJournal journal;
-  return Run(journal, [&](Hold& hold) { return ScoreOnce(hold, journal, request, reply); });
+  int most_positions = 0;
+  return Run(journal,
+             [&](Hold& hold) { return ScoreOnce(hold, journal, request, reply, most_positions); });
 }
 
 absl::Status StreamRelay::ScoreOnce(Hold& hold, RequestJournal& journal, v1::ResolvedScore& request,
-                                    v1::ScoreReply& reply) {
+                                    v1::ScoreReply& reply, int& most_positions) {
   request.set_request(parts_.next_request.fetch_add(1));
   request.set_deadline_ms(RemainingMs());
   reply.clear_positions();
@@ -219,7 +242,13 @@ absl::Status StreamRelay::ScoreOnce(Hold& hold, RequestJournal& journal, v1::Res
   while (call.Read(*reader, score, hold, journal)) {
     if (!counted) ++parts_.counters.requests_replayed;
     counted = true;
-    if (!score.beat()) *reply.add_positions() = std::move(*score.mutable_position());
+    if (score.beat()) continue;
+    *reply.add_positions() = std::move(*score.mutable_position());
+    if (reply.positions_size() > most_positions) {
+      most_positions = reply.positions_size();
+      journal.Progressed();
+      hold.Cleared();
+    }
   }
   const absl::Status status = call.Finish(*reader);
   if (!status.ok() || reply.positions_size() == request.prompt_size()) return status;

@@ -51,7 +51,8 @@ class StreamRelay {
   StreamRelay(const RelayParts& parts, grpc::ServerContext& client, std::string request_id,
               int64_t deadline_ms);
 
-  grpc::Status Generate(v1::ResolvedRequest request, std::string numerics_class,
+  // `resume`: of the client's request; its tokens are in `request` already.
+  grpc::Status Generate(v1::ResolvedRequest request, const v1::Resume& resume,
                         grpc::ServerWriter<v1::GenerateEvent>& writer);
   grpc::Status Score(v1::ResolvedScore request, v1::ScoreReply& reply);
 
@@ -64,7 +65,7 @@ class StreamRelay {
   absl::Status GenerateOnce(Hold& hold, RequestJournal& journal, v1::ResolvedRequest& request,
                             ClientEvents& events, grpc::ServerWriter<v1::GenerateEvent>& writer);
   absl::Status ScoreOnce(Hold& hold, RequestJournal& journal, v1::ResolvedScore& request,
-                         v1::ScoreReply& reply);
+                         v1::ScoreReply& reply, int& most_positions);
   int64_t RemainingMs() const;
   absl::Status DeadlineStatus() const;
 
@@ -72,11 +73,12 @@ class StreamRelay {
   grpc::ServerContext& client_;
   const std::string request_id_;
   const std::chrono::steady_clock::time_point begin_;
-  std::chrono::steady_clock::time_point progress_;  // a worker's last sign of life
   const std::chrono::steady_clock::time_point deadline_;
   std::string numerics_class_;  // the stream began in; empty: not begun
   std::string told_class_;      // by the last event that named one
   bool inexact_ = false;
+  bool answered_ = false;  // the present attempt's worker has
+  bool accepted_ = false;  // and the client knows it
   bool client_gone_ = false;
 };
 

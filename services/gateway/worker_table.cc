@@ -1,6 +1,7 @@
 #include "services/gateway/worker_table.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -33,7 +34,10 @@ void WorkerTable::Hold::Answered() {
   std::lock_guard<std::mutex> lock(table_.mutex_);
   const auto it = table_.workers_.find(node_);
   if (it == table_.workers_.end() || it->second.incarnation != incarnation_) return;
+  if (it->second.back_off == milliseconds(0)) return;
   it->second.back_off = milliseconds(0);
+  it->second.not_before = TimePoint();
+  table_.changed_.notify_all();
 }
 
 void WorkerTable::Hold::Failed() {
@@ -42,8 +46,10 @@ void WorkerTable::Hold::Failed() {
   if (it == table_.workers_.end() || it->second.incarnation != incarnation_) return;
   Worker& worker = it->second;
   const TimePoint now = steady_clock::now();
-  // Many requests notice one death: that is one failure.
-  if (now < worker.not_before) return;
+  // Many requests notice one death: that is one failure. So is the one that tries whether it is
+  // over.
+  if (now < worker.not_before && !probe_) return;
+  probe_ = false;
   worker.back_off = std::clamp(worker.back_off * 2, kFirstBackOff, kLongestBackOff);
   worker.not_before = now + worker.back_off;
 }
@@ -52,7 +58,9 @@ void WorkerTable::Hold::Cleared() {
   if (!suspect_) return;
   suspect_ = false;
   std::lock_guard<std::mutex> lock(table_.mutex_);
-  table_.suspect_out_ = false;
+  const auto it = table_.workers_.find(node_);
+  if (it == table_.workers_.end() || it->second.incarnation != incarnation_) return;
+  it->second.suspect = false;
   table_.changed_.notify_all();
 }
 
@@ -70,6 +78,7 @@ void WorkerTable::OnView(const v1::ClusterView& view) {
       worker.incarnation = seen.incarnation();
       worker.address = seen.grpc_address();
       worker.stub = dial_(worker.address);
+      worker.suspect = false;
       worker.back_off = milliseconds(0);
       worker.not_before = TimePoint();
     }
@@ -87,26 +96,30 @@ bool WorkerTable::CanServe() const {
                                   [](const auto& entry) { return entry.second.ready; });
 }
 
-WorkerTable::Workers::iterator WorkerTable::Choose(const Wish& wish, bool any_class, TimePoint now,
+WorkerTable::Workers::iterator WorkerTable::Choose(const Wish& wish, TimePoint now,
                                                    TimePoint& wake) {
+  const auto own = [&](const Worker& worker) {
+    return wish.numerics_class.empty() || worker.numerics_class == wish.numerics_class;
+  };
+  const bool own_left = std::any_of(workers_.begin(), workers_.end(), [&](const auto& entry) {
+    const Worker& worker = entry.second;
+    return worker.ready && own(worker) && worker.back_off < kLongestBackOff;
+  });
+  const bool any_class = !own_left && now >= wish.any_class_from;
   auto best = workers_.end();
+  // Rather of the own class, then without a suspect, then with few aboard.
+  const auto rank = [&](const Worker& worker) {
+    return std::make_tuple(!own(worker), worker.suspect, worker.held);
+  };
   for (auto it = workers_.begin(); it != workers_.end(); ++it) {
     const Worker& worker = it->second;
-    if (!worker.ready) continue;
-    const bool same = wish.numerics_class.empty() || worker.numerics_class == wish.numerics_class;
-    if (!same && !any_class) continue;
+    if (!worker.ready || (!own(worker) && !any_class)) continue;
+    if (wish.suspect && worker.suspect) continue;
     if (worker.not_before > now) {
       wake = std::min(wake, worker.not_before);
       continue;
     }
-    if (best == workers_.end()) {
-      best = it;
-      continue;
-    }
-    const bool best_same = best->second.numerics_class == wish.numerics_class;
-    const bool better_class = !wish.numerics_class.empty() && same && !best_same;
-    const bool worse_class = !wish.numerics_class.empty() && !same && best_same;
-    if (better_class || (!worse_class && worker.held < best->second.held)) best = it;
+    if (best == workers_.end() || rank(worker) < rank(best->second)) best = it;
   }
   return best;
 }
@@ -117,15 +130,19 @@ absl::StatusOr<std::unique_ptr<WorkerTable::Hold>> WorkerTable::Take(
   while (true) {
     const TimePoint now = steady_clock::now();
     TimePoint wake = std::min(until, now + kCancelPoll);
-    if (!wish.suspect || !suspect_out_) {
-      const auto it = Choose(wish, now >= wish.any_class_from, now, wake);
+    if (now >= wish.not_before) {
+      const auto it = Choose(wish, now, wake);
       if (it != workers_.end()) {
         Worker& worker = it->second;
         ++worker.held;
-        suspect_out_ = suspect_out_ || wish.suspect;
+        worker.suspect = worker.suspect || wish.suspect;
+        const bool probe = worker.back_off != milliseconds(0);
+        if (probe) worker.not_before = now + kLongestBackOff;  // or until it answers
         return std::unique_ptr<Hold>(new Hold(*this, it->first, worker.incarnation, worker.stub,
-                                              worker.numerics_class, wish.suspect));
+                                              worker.numerics_class, wish.suspect, probe));
       }
+    } else {
+      wake = std::min(wake, wish.not_before);
     }
     if (now >= until) return absl::UnavailableError("no attention worker is ready");
     changed_.wait_until(lock, wake);

@@ -5,8 +5,11 @@
 // ready.
 //
 // A worker that did not answer is put off for a moment, doubling up to a second, until a view shows
-// its next incarnation: the controller learns of a death only when the lease lapses. Suspects
-// (services/gateway/request_journal.h) are given out one at a time.
+// its next incarnation: the controller learns of a death only when the lease lapses. Until it
+// answers again it is tried by one request at a time.
+//
+// Suspects (services/gateway/request_journal.h) are given out one to a worker, and nobody else
+// joins one where there is another worker.
 //
 // Thread-safe. Take blocks.
 
@@ -44,25 +47,27 @@ class WorkerTable {
     // The worker has answered / has not, or is gone.
     void Answered();
     void Failed();
-    // The request has made progress: it is no suspect any more.
+    // The request has made progress: it is no suspect any more. Any number of times.
     void Cleared();
 
    private:
     friend class WorkerTable;
     Hold(WorkerTable& table, uint64_t node, uint64_t incarnation, std::shared_ptr<Stub> stub,
-         std::string numerics_class, bool suspect)
+         std::string numerics_class, bool suspect, bool probe)
         : table_(table),
           node_(node),
           incarnation_(incarnation),
           stub_(std::move(stub)),
           numerics_class_(std::move(numerics_class)),
-          suspect_(suspect) {}
+          suspect_(suspect),
+          probe_(probe) {}
     WorkerTable& table_;
     const uint64_t node_;
     const uint64_t incarnation_;
     const std::shared_ptr<Stub> stub_;
     const std::string numerics_class_;
     bool suspect_;
+    bool probe_;  // whether a worker that failed is back
     bool answered_ = false;
   };
 
@@ -75,9 +80,11 @@ class WorkerTable {
   bool CanServe() const;
 
   struct Wish {
-    // Workers of this class; of any, but rather of this, from that time on. Empty: any.
+    // Workers of this class; of another one from `any_class_from` on if none of this is left: none
+    // is ready, or those that are have failed for long. Empty: any.
     std::string numerics_class;
     TimePoint any_class_from;
+    TimePoint not_before;  // the request itself is put off until then
     bool suspect = false;
   };
   // Waits for a worker: UNAVAILABLE at `until`; CANCELLED soon after `cancelled` says so.
@@ -92,19 +99,19 @@ class WorkerTable {
     std::shared_ptr<Stub> stub;
     bool ready = false;
     int held = 0;
+    bool suspect = false;                   // it has one aboard
     std::chrono::milliseconds back_off{0};  // the last one; 0: it answered since
     TimePoint not_before;
   };
   using Workers = std::map<uint64_t, Worker>;  // by node
   // The best of those that may be asked now, or end(). Lowers `wake` to when a look is worth it.
-  Workers::iterator Choose(const Wish& wish, bool any_class, TimePoint now, TimePoint& wake);
+  Workers::iterator Choose(const Wish& wish, TimePoint now, TimePoint& wake);
 
   const std::function<std::shared_ptr<Stub>(const std::string&)> dial_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   Workers workers_;
   bool complete_ = false;
-  bool suspect_out_ = false;
 };
 
 }  // namespace moebius::services

@@ -44,7 +44,7 @@ TEST(RequestCheckTest, NamesTheFieldOfABadPrompt) {
   request.prompt.assign(1000, 1);
   ExpectRefused(request, absl::StatusCode::kOutOfRange, "prompt:");
   request.prompt.assign(257, 1);
-  ExpectRefused(request, absl::StatusCode::kResourceExhausted, "prompt:");
+  ExpectRefused(request, absl::StatusCode::kOutOfRange, "prompt:");
 }
 
 TEST(RequestCheckTest, NamesTheFieldOfBadGeneratedTokens) {
@@ -73,9 +73,9 @@ TEST(RequestCheckTest, ARequestThatCanNeverFitIsRefused) {
   request.max_tokens = 254;  // 3 + 254 tokens, of which the last needs no row: 256 rows, 4 blocks
   EXPECT_TRUE(CheckRequest(request, kLimits).ok());
   request.max_tokens = 255;
-  ExpectRefused(request, absl::StatusCode::kResourceExhausted, "max_tokens:");
+  ExpectRefused(request, absl::StatusCode::kOutOfRange, "max_tokens:");
   request.max_tokens = std::numeric_limits<uint64_t>::max();
-  ExpectRefused(request, absl::StatusCode::kResourceExhausted, "max_tokens:");
+  ExpectRefused(request, absl::StatusCode::kOutOfRange, "max_tokens:");
 }
 
 TEST(RequestCheckTest, MaxTokensBeyondTheContextIsCut) {

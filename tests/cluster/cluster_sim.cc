@@ -11,6 +11,8 @@ namespace moebius::cluster_test {
 namespace {
 
 using attention_worker::FinishReason;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
 
 constexpr uint64_t kModelDigest = 0x70'1D'16E5'7;
 
@@ -271,27 +273,24 @@ void ClusterSim::Generate(uint64_t id, const OracleRequest& request, runtime::Du
 
 void ClusterSim::Attempt(uint64_t id) {
   ClientStream& stream = streams_[id];
-  // The one alive that has the fewest streams; with none, the stream waits, and so does a suspect
-  // while another is being tried.
+  // The one alive that has the fewest streams, rather one without a suspect; suspects join no
+  // other. With none, the stream waits.
   stream.node = NodeId(0);
-  const bool queue_up =
-      stream.journal.suspect() && std::any_of(streams_.begin(), streams_.end(), [&](const auto& s) {
-        return s.first != id && s.second.node != NodeId(0) && s.second.journal.suspect() &&
-               s.second.finish == FinishReason::kNone;
-      });
-  size_t fewest = 0;
+  std::pair<bool, size_t> best;
   for (const auto& [node, actor] : attention_) {
-    const size_t aboard = static_cast<size_t>(
-        std::count_if(streams_.begin(), streams_.end(), [node = node](const auto& other) {
-          return other.second.node == node && other.second.finish == FinishReason::kNone;
-        }));
-    if (!queue_up && (stream.node == NodeId(0) || aboard < fewest)) {
-      stream.node = node;
-      fewest = aboard;
+    std::pair<bool, size_t> rank;
+    for (const auto& [other_id, other] : streams_) {
+      if (other_id == id || other.node != node || other.finish != FinishReason::kNone) continue;
+      rank.first = rank.first || other.journal.suspect();
+      ++rank.second;
     }
+    if (stream.journal.suspect() && rank.first) continue;
+    if (stream.node != NodeId(0) && !(rank < best)) continue;
+    stream.node = node;
+    best = rank;
   }
   if (stream.node == NodeId(0)) {
-    world_.Schedule(std::chrono::milliseconds(5), [this, id] {
+    world_.Schedule(milliseconds(5), [this, id] {
       if (streams_[id].finish == FinishReason::kNone) Attempt(id);
     });
     return;
@@ -310,20 +309,28 @@ void ClusterSim::Attempt(uint64_t id) {
     // In order, each some time after it was sent.
     ClientStream& to = streams_[id];
     if (to.attempt != attempt) return;
-    to.arrival =
-        std::max(to.arrival, world_.Now()) + std::chrono::microseconds(arrivals_.Below(500));
+    to.arrival = std::max(to.arrival, world_.Now()) + microseconds(arrivals_.Below(500));
     world_.Schedule(to.arrival - world_.Now(),
                     [this, id, attempt, event] { Arrived(id, attempt, event); });
   };
-  CHECK(world_.node(stream.node).Post(runtime::kAttentionWorker, submit).ok());
-  // As the worker's first beat does.
-  stream.arrival = world_.Now() + std::chrono::microseconds(arrivals_.Below(500));
-  world_.Schedule(stream.arrival - world_.Now(), [this, id, attempt = stream.attempt] {
-    if (streams_[id].attempt == attempt) streams_[id].journal.TakenAboard();
-  });
-  if (const auto poison = poison_.find(id); poison != poison_.end()) {
-    CrashAttention(stream.node, poison->second, std::chrono::milliseconds(10));
-  }
+  // As the worker's gRPC handler does: it posts the request once its first beat is on the way.
+  attention_worker::Ping ping;
+  ping.on_pong = [this, id, attempt = stream.attempt, node = stream.node, submit] {
+    world_.Schedule(microseconds(1), [this, id, attempt, node, submit] {
+      ClientStream& to = streams_[id];
+      // A beat that is on the way arrives, whatever becomes of the worker.
+      to.arrival = world_.Now() + microseconds(arrivals_.Below(500));
+      world_.Schedule(to.arrival - world_.Now(), [this, id, attempt] {
+        if (streams_[id].attempt == attempt) streams_[id].journal.TakenAboard();
+      });
+      if (attention_.count(node) == 0) return;
+      if (!world_.node(node).Post(runtime::kAttentionWorker, submit).ok()) return;
+      if (const auto poison = poison_.find(id); poison != poison_.end()) {
+        CrashAttention(node, poison->second, milliseconds(10));
+      }
+    });
+  };
+  CHECK(world_.node(stream.node).Post(runtime::kAttentionWorker, ping).ok());
 }
 
 void ClusterSim::Arrived(uint64_t id, RequestId attempt,
@@ -377,7 +384,7 @@ void ClusterSim::CrashAttention(NodeId node, runtime::Duration delay, runtime::D
     for (const auto& [id, stream] : streams_) {
       if (stream.node != node || stream.finish != FinishReason::kNone) continue;
       // What is under way may arrive until the connection is known to be broken.
-      world_.Schedule(std::chrono::microseconds(arrivals_.Below(20'000)),
+      world_.Schedule(microseconds(arrivals_.Below(20'000)),
                       [this, id = id, attempt = stream.attempt] {
                         const ClientStream& broken = streams_[id];
                         if (broken.attempt != attempt || broken.finish != FinishReason::kNone)

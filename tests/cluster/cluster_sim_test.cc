@@ -408,7 +408,8 @@ TEST(ClusterSimTest, ARequestThatKillsItsWorkerFailsAlone) {
     run.options.experts_in_attention_node = false;
     run.quiet = seconds(8);
     run.Start();
-    // Before its first token, which takes a step of three layers and more at least.
+    // Before its first token, which takes a step of three layers and more at least; now and then
+    // the worker dies before it has seen the request.
     run.cluster->Poison(1, microseconds(run.prng.Below(60)));
     ASSERT_TRUE(run.cluster->RunToEnd(seconds(120))) << run.Describe();
     for (const auto& [id, stream] : run.cluster->streams()) {

@@ -13,15 +13,17 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
+#include "services/common/model_host.h"
 #include "tests/services/process_cluster.h"
 
 namespace moebius::services {
 namespace {
 
 constexpr int kStreams = 4;
-constexpr int64_t kTokens = 300;
+constexpr int64_t kTokens = 450;
 
 // Sends the process `signal` once every stream has begun; the streams' results.
 std::vector<Result> SignalDuringStreams(ScopedCluster& cluster, const std::string& victim,
@@ -95,6 +97,38 @@ TEST(AnyProcessDies, TheOnlyAttentionWorkerToo) {
     std::printf("stream %d paused for %.0f ms\n", i,
                 std::chrono::duration<double, std::milli>(results[i].longest_pause).count());
   }
+}
+
+// A score is made again from its beginning.
+TEST(AnyProcessDies, AScoreSurvivesItsAttentionWorker) {
+  v1::ScoreRequest request;
+  for (int32_t i = 0; i < 3000; ++i) request.mutable_token_ids()->add_ids(3 + i * 7 % 4000);
+  request.set_top(2);
+  const auto expected = OneProcess()->Score(request);
+  ASSERT_TRUE(expected.ok()) << expected.status();
+  LocalClusterOptions options;
+  options.attention = 2;
+  ScopedCluster cluster(options);
+  auto score = std::async(std::launch::async, [&] { return cluster.Client()->Score(request); });
+  // Whoever has it aboard dies.
+  const auto counters =
+      AwaitCounters(cluster->address(), [](const auto& now) { return SumOf(now, "/running") > 0; });
+  const auto attention = std::find_if(counters.begin(), counters.end(), [](const auto& counter) {
+    return absl::EndsWith(counter.first, "/running") && counter.second > 0;
+  });
+  for (int i = 0; i < 2; ++i) {
+    const std::string name = absl::StrCat("attention-", i);
+    if (absl::StrContains(attention->first, absl::StrCat("/", NodeIdOf(name), "/"))) {
+      EXPECT_EQ(kill(cluster.Pid(name), SIGKILL), 0);
+    }
+  }
+  const auto reply = score.get();
+  ASSERT_TRUE(reply.ok()) << reply.status();
+  ASSERT_EQ(reply->positions_size(), expected->positions_size());
+  for (int i = 0; i < reply->positions_size(); ++i) {
+    EXPECT_EQ(reply->positions(i).row_digest(), expected->positions(i).row_digest());
+  }
+  EXPECT_EQ(cluster.Counters().at("requests_replayed"), 1u);
 }
 
 // With two replicas of each expert nobody waits for a dead worker to come back: here it never does.

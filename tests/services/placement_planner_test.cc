@@ -127,8 +127,8 @@ TEST(PlanPlacement, ALostWorkersReplicasAreMadeAgainAndLittleElseMoves) {
         loads += std::binary_search(old.begin(), old.end(), expert) ? 0 : 1;
       }
     }
-    // Eight are lost. Some may find room only where their other copy lies; then another expert makes
-    // way for each.
+    // Eight are lost. Some may find room only where their other copy lies; then another expert
+    // makes way for each.
     EXPECT_GE(loads, 8u);
     EXPECT_LE(loads, 12u);
   }

@@ -41,15 +41,16 @@ TEST(RequestJournal, TakesNoTokenTwiceAndLeavesNoneOut) {
 TEST(RequestJournal, WhatAnotherWorkerWouldSayTooIsTheEnd) {
   for (const absl::StatusCode code :
        {absl::StatusCode::kInvalidArgument, absl::StatusCode::kOutOfRange,
-        absl::StatusCode::kFailedPrecondition, absl::StatusCode::kNotFound,
-        absl::StatusCode::kDeadlineExceeded, absl::StatusCode::kUnauthenticated}) {
+        absl::StatusCode::kFailedPrecondition, absl::StatusCode::kDeadlineExceeded,
+        absl::StatusCode::kCancelled}) {
     RequestJournal journal;
     journal.BeginAttempt();
     EXPECT_EQ(journal.AttemptEnded(absl::Status(code, "no")).code(), code);
   }
   for (const absl::StatusCode code :
        {absl::StatusCode::kUnavailable, absl::StatusCode::kInternal, absl::StatusCode::kUnknown,
-        absl::StatusCode::kAborted, absl::StatusCode::kCancelled, absl::StatusCode::kOk}) {
+        absl::StatusCode::kAborted, absl::StatusCode::kUnimplemented,
+        absl::StatusCode::kUnauthenticated, absl::StatusCode::kOk}) {
     RequestJournal journal;
     journal.BeginAttempt();
     EXPECT_TRUE(journal.AttemptEnded(absl::Status(code, "no")).ok()) << static_cast<int>(code);
@@ -92,6 +93,29 @@ TEST(RequestJournal, ThreeDeathsAboardWithoutATokenAreItsOwnFault) {
     journal.TakenAboard();
     const absl::Status status = journal.AttemptEnded(kGone);
     EXPECT_EQ(status.code(), death == 0 ? absl::StatusCode::kOk : absl::StatusCode::kInternal);
+  }
+}
+
+TEST(RequestJournal, AWorkerThatDrainsOrIsFullHasNotDied) {
+  for (const absl::Status& status : {absl::AbortedError("this worker is going"),
+                                     absl::ResourceExhaustedError("too many are waiting")}) {
+    RequestJournal journal({1});
+    for (int attempt = 0; attempt < 10; ++attempt) {
+      journal.BeginAttempt();
+      journal.TakenAboard();
+      EXPECT_TRUE(journal.AttemptEnded(status).ok());
+    }
+    EXPECT_EQ(journal.deaths(), 0);
+  }
+}
+
+TEST(RequestJournal, ProgressClearsWithoutATokenToo) {
+  RequestJournal journal;
+  for (int attempt = 0; attempt < 10; ++attempt) {
+    journal.BeginAttempt();
+    journal.TakenAboard();
+    journal.Progressed();
+    EXPECT_TRUE(journal.AttemptEnded(kGone).ok());
   }
 }
 

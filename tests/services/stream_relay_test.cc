@@ -6,6 +6,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -286,7 +287,7 @@ TEST_F(StreamRelayTest, AStreamCutBehindAnyTokenGoesOn) {
     EXPECT_EQ(replay.prompt_size(), 3);
     EXPECT_EQ(replay.max_tokens(), 10u);
     EXPECT_EQ(replay.seed(), 11u);
-    EXPECT_LE(replay.deadline_ms(), 60'000);
+    EXPECT_GT(replay.deadline_ms(), 0);
   }
   for (const v1::ResolvedRequest& request : worker.requests()) {
     EXPECT_TRUE(numbers.insert(request.request()).second) << "each attempt has its own number";
@@ -302,7 +303,7 @@ TEST_F(StreamRelayTest, AnotherWorkerIsAskedRatherThanTheOneThatFailed) {
   ScriptedWorker& first = Worker({DieBehind(4)});
   ScriptedWorker& second = Worker({Whole});
   ExpectWhole(Generate(Request()));
-  EXPECT_EQ(first.requests().size(), 1u);
+  EXPECT_GE(first.requests().size(), 1u);
   ASSERT_EQ(second.requests().size(), 1u);
   EXPECT_EQ(second.requests()[0].generated_size(), 4);
 }
@@ -310,7 +311,7 @@ TEST_F(StreamRelayTest, AnotherWorkerIsAskedRatherThanTheOneThatFailed) {
 TEST_F(StreamRelayTest, AnyEndThatIsNotTheRequestsIsReplaced) {
   for (const grpc::StatusCode code :
        {grpc::StatusCode::UNAVAILABLE, grpc::StatusCode::INTERNAL, grpc::StatusCode::UNKNOWN,
-        grpc::StatusCode::CANCELLED, grpc::StatusCode::ABORTED, grpc::StatusCode::OK}) {
+        grpc::StatusCode::ABORTED, grpc::StatusCode::UNIMPLEMENTED, grpc::StatusCode::OK}) {
     SCOPED_TRACE(code);
     OnlyWorker({DieBehind(3, grpc::Status(code, code == grpc::StatusCode::OK ? "" : "oh")), Whole});
     ExpectWhole(Generate(Request()));
@@ -326,18 +327,18 @@ TEST_F(StreamRelayTest, ASilentWorkerIsGivenUp) {
           },
           Whole});
   ExpectWhole(Generate(Request()));
-  EXPECT_EQ(Counters().at("workers_silent"), 1u);
+  EXPECT_GE(Counters().at("workers_silent"), 1u);
 }
 
 TEST_F(StreamRelayTest, AWorkerThatOnlyBeatsIsAlive) {
-  Start(/*silence_ms=*/300);
+  Start(/*silence_ms=*/1500);
   Worker({[](grpc::ServerContext&, const v1::ResolvedRequest& request, Writer& writer) {
     std::mutex mutex;
     std::condition_variable never;
     std::unique_lock<std::mutex> lock(mutex);
     for (int i = 0; i < 30; ++i) {
       writer.Write(Beat());
-      never.wait_for(lock, std::chrono::milliseconds(30));
+      never.wait_for(lock, std::chrono::milliseconds(70));
     }
     Go(request, writer, 10, true);
     return grpc::Status::OK;
@@ -384,7 +385,7 @@ TEST_F(StreamRelayTest, ARequestThatEndsThreeWorkersFails) {
 TEST_F(StreamRelayTest, ARefusalOfTheRequestIsPassedOn) {
   for (const grpc::StatusCode code :
        {grpc::StatusCode::INVALID_ARGUMENT, grpc::StatusCode::OUT_OF_RANGE,
-        grpc::StatusCode::RESOURCE_EXHAUSTED}) {
+        grpc::StatusCode::RESOURCE_EXHAUSTED, grpc::StatusCode::CANCELLED}) {
     SCOPED_TRACE(code);
     ScriptedWorker& worker =
         OnlyWorker({[code](grpc::ServerContext&, const v1::ResolvedRequest&, Writer&) {
@@ -409,7 +410,7 @@ TEST_F(StreamRelayTest, ADeadlineThatPassesWithoutAWorkerIsToldByTheGateway) {
   Worker({DieBehind(5),
           [](grpc::ServerContext&, const v1::ResolvedRequest&, Writer&) { return kGone; }});
   v1::GenerateRequest request = Request();
-  request.set_deadline_ms(700);
+  request.set_deadline_ms(2000);
   const Stream stream = Generate(request);
   EXPECT_EQ(stream.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(absl::StartsWith(stream.status.error_message(), "deadline_ms:"));
@@ -461,8 +462,38 @@ TEST_F(StreamRelayTest, AStreamGoesOnAtAnotherGateway) {
   request.mutable_resume()->set_token_ids(1, 4096);
   EXPECT_TRUE(absl::StartsWith(Generate(request).status.error_message(), "resume.token_ids[1]:"));
   request.mutable_resume()->set_token_ids(1, 5);
+  request.mutable_resume()->set_numerics_class("\x1b[2J\n");
+  EXPECT_TRUE(absl::StartsWith(Generate(request).status.error_message(), "resume.numerics_class:"));
   request.mutable_resume()->set_numerics_class("0123/cpu");
   EXPECT_EQ(Generate(request).status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+}
+
+TEST_F(StreamRelayTest, WhatWasInexactStaysSo) {
+  Worker({Whole});
+  v1::GenerateRequest request = Request();
+  request.mutable_resume()->add_token_ids(TokenAt(0));
+  request.mutable_resume()->set_inexact(true);
+  const Stream rest = Generate(request);
+  ASSERT_NO_FATAL_FAILURE(ExpectWhole(rest, 1));
+  EXPECT_TRUE(rest.events[0].inexact());
+}
+
+TEST_F(StreamRelayTest, AFullWorkerIsNotKeptFromOthers) {
+  // It refuses those that have begun and takes new ones.
+  std::atomic<int> refused{0};
+  Worker({[&](grpc::ServerContext&, const v1::ResolvedRequest& request, Writer& writer) {
+    if (request.generated_size() > 0 && ++refused < 4) {
+      return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "too many requests are waiting");
+    }
+    Go(request, writer, 10, true);
+    return grpc::Status::OK;
+  }});
+  v1::GenerateRequest begun = Request();
+  begun.mutable_resume()->add_token_ids(TokenAt(0));
+  auto waiting = std::async(std::launch::async, [&] { return Generate(begun); });
+  ExpectWhole(Generate(Request()));
+  ExpectWhole(waiting.get(), 1);
+  EXPECT_EQ(refused, 4);
 }
 
 TEST_F(StreamRelayTest, AScoreIsMadeAgainFromItsBeginning) {

@@ -124,21 +124,50 @@ TEST_F(WorkerTableTest, WaitingEndsWithAViewATimeOrTheClient) {
             absl::StatusCode::kCancelled);
 }
 
-TEST_F(WorkerTableTest, SuspectsAreTriedOneAtATime) {
+TEST_F(WorkerTableTest, ASuspectHasAWorkerToItself) {
   table_.OnView(ViewOf({MakeWorker(1, 1), MakeWorker(2, 1)}));
   WorkerTable::Wish suspect;
   suspect.suspect = true;
   auto first = TakeNow(suspect);
   ASSERT_NE(first, nullptr);
-  EXPECT_EQ(TakeNow(suspect), nullptr);
-  EXPECT_NE(TakeNow(), nullptr) << "others are served meanwhile";
-  first->Cleared();
+  for (int i = 0; i < 3; ++i) {
+    const auto other = TakeNow();
+    ASSERT_NE(other, nullptr);
+    EXPECT_NE(other->node(), first->node()) << "others keep away where they can";
+  }
   auto second = TakeNow(suspect);
   ASSERT_NE(second, nullptr);
+  EXPECT_NE(second->node(), first->node());
+  EXPECT_EQ(TakeNow(suspect), nullptr) << "one to a worker";
+  EXPECT_NE(TakeNow(), nullptr) << "better beside a suspect than nowhere";
+  first->Cleared();
+  auto third = TakeNow(suspect);
+  ASSERT_NE(third, nullptr);
+  EXPECT_EQ(third->node(), first->node());
   first.reset();
   EXPECT_EQ(TakeNow(suspect), nullptr) << "the first was cleared once, not twice";
   second.reset();
   EXPECT_NE(TakeNow(suspect), nullptr);
+}
+
+TEST_F(WorkerTableTest, OneThatFailedIsTriedByOneRequest) {
+  table_.OnView(ViewOf({MakeWorker(1, 1)}));
+  TakeNow()->Failed();
+  auto probe = table_.Take({}, steady_clock::now() + seconds(60), [] { return false; });
+  ASSERT_TRUE(probe.ok());
+  EXPECT_EQ(TakeNow(), nullptr) << "it has not answered yet";
+  (*probe)->Answered();
+  EXPECT_NE(TakeNow(), nullptr);
+}
+
+TEST_F(WorkerTableTest, ARequestMayBePutOffItself) {
+  table_.OnView(ViewOf({MakeWorker(1, 1)}));
+  WorkerTable::Wish wish;
+  wish.not_before = steady_clock::now() + milliseconds(50);
+  EXPECT_EQ(TakeNow(wish), nullptr);
+  EXPECT_NE(TakeNow(), nullptr) << "nobody else";
+  EXPECT_TRUE(table_.Take(wish, steady_clock::now() + seconds(60), [] { return false; }).ok());
+  EXPECT_GE(steady_clock::now(), wish.not_before);
 }
 
 TEST_F(WorkerTableTest, TheOwnClassBeforeAnother) {
@@ -152,9 +181,15 @@ TEST_F(WorkerTableTest, TheOwnClassBeforeAnother) {
     ASSERT_NE(holds.back(), nullptr);
     EXPECT_EQ(holds.back()->numerics_class(), "digest/mine") << "even with more aboard";
   }
+  // It fails: it is still there, and may be back.
+  wish.any_class_from = steady_clock::now();
+  for (const auto& hold : holds) hold->Failed();
   holds.clear();
+  EXPECT_EQ(TakeNow(wish), nullptr);
+  // It is gone; but not yet for long enough.
   table_.OnView(ViewOf({MakeWorker(1, 1, true, "other")}));
-  EXPECT_EQ(TakeNow(wish), nullptr) << "it may come back";
+  wish.any_class_from = steady_clock::now() + seconds(60);
+  EXPECT_EQ(TakeNow(wish), nullptr);
   wish.any_class_from = steady_clock::now();
   const std::unique_ptr<Hold> other = TakeNow(wish);
   ASSERT_NE(other, nullptr);
