@@ -391,7 +391,9 @@ void LocalCluster::Supervise() {
                         " times within a minute and is left down: ", LastWord(process)));
       continue;
     }
-    const auto delay = std::chrono::milliseconds(100) * (1 << process.restarts.size());
+    // Doubling, up to 1.6 s.
+    const auto delay =
+        std::chrono::milliseconds(100) * (1 << std::min<size_t>(process.restarts.size(), 4));
     process.restarts.push_back(now);
     process.restart_at = now + delay;
     process.waiting = true;
