@@ -27,6 +27,25 @@ RequestLimits LimitsOf(const ModelHost& host) {
 
 // How long to wait for a gateway to come back before asking whether to go on waiting.
 constexpr std::chrono::milliseconds kConnectPatience(200);
+constexpr std::chrono::milliseconds kFirstConnection(2000);
+
+// Between two calls to a gateway that went away.
+class ReconnectPause {
+ public:
+  void Reset() { back_off_ = std::chrono::milliseconds(0); }
+  // A channel moves on only while somebody waits for it. A gateway that is there and refuses (it
+  // drains) is not asked without a pause, nor by all clients in step.
+  void Wait(grpc::Channel& channel) {
+    if (channel.WaitForConnected(std::chrono::system_clock::now() + kConnectPatience)) {
+      std::this_thread::sleep_for(back_off_ * (dice_() % 100) / 100);
+    }
+    back_off_ = std::clamp(back_off_ * 2, std::chrono::milliseconds(20), kConnectPatience);
+  }
+
+ private:
+  std::chrono::milliseconds back_off_{0};
+  std::minstd_rand dice_{std::random_device{}()};
+};
 
 // The gateway ends the request at its deadline and says so; this is for one that does not answer.
 void SetDeadline(grpc::ClientContext& context, int64_t deadline_ms) {
@@ -63,8 +82,7 @@ absl::Status GenerationClient::Generate(
   auto news = begin;  // when something last came
   bool accepted = false;
   v1::FinishReason finish = v1::FINISH_REASON_UNSPECIFIED;
-  std::chrono::milliseconds back_off(0);
-  std::minstd_rand dice(std::random_device{}());
+  ReconnectPause pause;
   while (true) {
     grpc::ClientContext context;
     SetDeadline(context, present.deadline_ms());
@@ -74,7 +92,7 @@ absl::Status GenerationClient::Generate(
     bool disorder = false;
     while (!disorder && reader->Read(&event)) {
       news = steady_clock::now();
-      back_off = std::chrono::milliseconds(0);
+      pause.Reset();
       v1::Resume& resume = *present.mutable_resume();
       // A gateway that does not know how to go on begins anew: nothing is shown twice.
       disorder = event.token_index() != static_cast<uint64_t>(resume.token_ids_size());
@@ -112,13 +130,7 @@ absl::Status GenerationClient::Generate(
       if (spent.count() >= request.deadline_ms()) return status;
       present.set_deadline_ms(request.deadline_ms() - spent.count());
     }
-    // A channel moves on only while somebody waits for it. A gateway that is there and refuses (it
-    // drains) is not asked without a pause.
-    const auto patience = std::chrono::system_clock::now() + kConnectPatience;
-    if (channel_->WaitForConnected(patience)) {
-      std::this_thread::sleep_for(back_off * (dice() % 100) / 100);  // clients do not come in step
-    }
-    back_off = std::clamp(back_off * 2, std::chrono::milliseconds(20), kConnectPatience);
+    pause.Wait(*channel_);
     if (stop && stop()) return absl::CancelledError("cancelled");
   }
 }
@@ -168,10 +180,20 @@ absl::Status GenerationClient::GenerateLocally(
 absl::StatusOr<v1::ScoreReply> GenerationClient::Score(const v1::ScoreRequest& request) {
   v1::ScoreReply reply;
   if (local_ == nullptr) {
-    grpc::ClientContext context;
-    SetDeadline(context, request.deadline_ms());
-    RETURN_IF_ERROR(FromGrpc(stub_->Score(&context, request, &reply)));
-    return reply;
+    // It may be asked as often as one likes. Where no gateway is, the first call says so.
+    const bool was_there =
+        channel_->WaitForConnected(std::chrono::system_clock::now() + kFirstConnection);
+    const auto until = std::chrono::steady_clock::now() + reconnect_;
+    ReconnectPause pause;
+    while (true) {
+      grpc::ClientContext context;
+      SetDeadline(context, request.deadline_ms());
+      const absl::Status status = FromGrpc(stub_->Score(&context, request, &reply));
+      if (status.ok()) return reply;
+      if (!absl::IsUnavailable(status) || !was_there) return status;
+      if (std::chrono::steady_clock::now() >= until) return status;
+      pause.Wait(*channel_);
+    }
   }
   const ModelHost& host = local_->host();
   ASSIGN_OR_RETURN(const v1::ResolvedScore resolved, ResolveScore(host, LimitsOf(host), request));

@@ -90,6 +90,7 @@ grpc::Status StreamRelay::Run(RequestJournal& journal,
                               const std::function<absl::Status(Hold&)>& attempt) {
   const auto first_until = std::min(deadline_, begin_ + parts_.worker_wait);
   WorkerTable::Wish wish;
+  wish.any_class_from = begin_ + kClassPatience;
   std::string last = "no attention worker is ready";
   while (true) {
     // Without a token there is nothing that another class could differ from.
