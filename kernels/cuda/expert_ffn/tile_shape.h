@@ -9,7 +9,7 @@ inline constexpr int kTileColumns = 128;  // one quantisation block of the SwiGL
 inline constexpr int kTileRows = 128;
 inline constexpr int kTileK = 128;  // one scale on either side
 // Up to so many rows of a tile are operand B, more are operand A (docs/adr/0013).
-inline constexpr int kNarrowRows = 96;
+inline constexpr int kNarrowRows = 80;
 inline constexpr int kMostExperts = 512;
 // Experts of so many rows have the rows of their full tiles gathered once for all columns.
 inline constexpr int kSharedRows = 2 * kTileRows;
