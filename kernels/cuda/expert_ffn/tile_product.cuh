@@ -164,7 +164,7 @@ __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) 
     } else if (!wide) {
       ComputeTile<kNarrowRows>(args, shared, cursor, tile);
     } else {
-      ComputeWideTile(args, shared, cursor, tile);
+      ComputeWideTile(args, shared, cursor, tile, shared.by_engine[reader.count() % kTileEntries]);
     }
     reader.Done(shared);
   }
