@@ -541,8 +541,9 @@ std::vector<Bf16> OfEverySource(const Experts& experts, const Sources& sources, 
   return all;
 }
 
-// Batches large enough that full tiles share their rows, beside ragged tiles and small experts that
-// do not. On a GPU with more than 133 multiprocessors nothing would be shared.
+// Batches large enough that wide tiles share their rows, full ones and others, beside small tiles
+// that do not; in the last case long enough to follow the tile that gathers. On a GPU with more
+// than 138 multiprocessors nothing would be shared.
 TEST_F(ExpertFfnTest, RowsGatheredForAllColumnsAreThoseOfSmallBatches) {
   struct Case {
     int64_t hidden, intermediate;
@@ -550,7 +551,8 @@ TEST_F(ExpertFfnTest, RowsGatheredForAllColumnsAreThoseOfSmallBatches) {
   };
   constexpr int64_t kSources = 64;
   for (const Case& c : {Case{272, 2048, {3, 1700, 300, 0, 1290, 97}},
-                        Case{1168, 1040, {5, 3000, 0, 256, 255, 2600}}}) {
+                        Case{1168, 1040, {5, 3000, 0, 256, 255, 2600}},
+                        Case{2320, 2048, {90, 1700, 300, 113, 1290, 97}}}) {
     const Experts experts(static_cast<int64_t>(c.counts.size()), c.hidden, c.intermediate, 18);
     const Sources sources = WithHostileNeighbours(kSources, c.hidden, 19);
     const int64_t rows = std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0});
