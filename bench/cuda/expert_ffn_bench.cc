@@ -123,7 +123,7 @@ void BenchExpertFfn(Report& report) {
                        Case{16, 388, 350, "Triton 388"}, Case{32, 420, 360, "Triton 715"},
                        Case{64, 480, 400, "Triton 604"}, Case{80, 0, 0, ""}, Case{81, 0, 0, ""},
                        Case{112, 0, 0, ""}, Case{127, 0, 0, ""}, Case{128, 560, 460, "Triton 642"},
-                       Case{129, 0, 0, ""}, Case{255, 0, 0, ""}, Case{256, 0, 0, ""}}) {
+                       Case{255, 0, 0, ""}, Case{256, 0, 0, ""}}) {
     Row row = Measure(experts, std::vector<int64_t>(32, c.rows), true);
     row.kernel = "expert_ffn";
     row.shape = absl::StrCat("32 experts x ", c.rows, " rows");
