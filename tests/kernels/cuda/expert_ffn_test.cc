@@ -576,5 +576,41 @@ TEST_F(ExpertFfnTest, RowsGatheredForAllColumnsAreThoseOfSmallBatches) {
   }
 }
 
+// Sources in memory of the host, which are gathered so slowly that tiles behind the one that does
+// it come to blocks that are not there. Experts of one row keep other multiprocessors busy until
+// then.
+TEST_F(ExpertFfnTest, RowsThatAreGatheredSlowlyAreWaitedFor) {
+  constexpr int64_t kHidden = 2320, kSmall = 16, kRows = kSmall + 60 * 128;
+  const Experts one(1, kHidden, 2048, 21);
+  auto table = ExpertTable::Create(kHidden, 2048,
+                                   std::vector<ExpertMatrices>(kSmall + 1, one.all[0]->Device()));
+  ASSERT_STATUS_OK(table.status());
+  std::vector<int64_t> counts(kSmall, 1);
+  counts.push_back(kRows - kSmall);
+  const Sources sources(kRows, kHidden, 22);
+  const ExpertWorkspace workspace = WorkspaceFor(one, kRows);
+  Call call(one, sources, counts, {}, kRows, workspace);
+  DeviceBuffer<Bf16> out(call.out_size);
+  call.params.table = &*table;
+  call.params.out = out.get();
+  ASSERT_STATUS_OK(LaunchExpertFfn(call.params, nullptr));
+  const uint64_t expected = HashOf(out.Download());
+
+  void* host = nullptr;
+  ExpectCudaOk(cudaMallocHost(&host, sources.codes.size()), "host memory");
+  ASSERT_NE(host, nullptr);
+  std::memcpy(host, sources.codes.data(), sources.codes.size());
+  call.params.x_codes = static_cast<const E4m3*>(host);
+  for (int run = 0; run < 4; ++run) {
+    out.Poison();
+    ExpectCudaOk(cudaMemset(workspace.gathered_codes(), 0x7f,
+                            static_cast<size_t>(workspace.gathered_rows_max() * kHidden)),
+                 "NaN where rows are gathered");
+    ASSERT_STATUS_OK(LaunchExpertFfn(call.params, nullptr));
+    EXPECT_EQ(HashOf(out.Download()), expected) << "run " << run;
+  }
+  ExpectCudaOk(cudaFreeHost(host), "host memory");
+}
+
 }  // namespace
 }  // namespace moebius::kernels::cuda
