@@ -67,6 +67,8 @@ struct FfnShared {
   uint64_t announced[kTileEntries], taken[kTileEntries];
   uint64_t stored;  // by each warp of consumers, when its part of a gate_up tile is in memory
   ExpertTile tiles[kTileEntries];
+  // Whether the copy engine loads the rows of each tile that each warp of rows has.
+  int32_t by_engine[kTileEntries][kRowWarps];
   TileList list;
   int32_t uncounted;  // the tile of rows of what `stored` is for, or -1
   int32_t last;

@@ -72,7 +72,9 @@ __global__ void __launch_bounds__(kThreads, 1) ExpertFfn(const __grid_constant__
   for (int i = ThreadRead(); i < row_tiles; i += kThreads) args.counters[kCounterTiles + i] = 0;
   if (shared.list.lead > 0) {
 #pragma unroll 1
-    for (int i = ThreadRead(); i < args.rows_max / kTileRows; i += kThreads) args.gathered[i] = 0;
+    for (int i = ThreadRead(); i < shared.list.slots[args.num_experts] * kGatheredWords;
+         i += kThreads)
+      args.gathered[i] = 0;
   }
   if (ThreadRead() == 0) args.counters[kCounterTicket] = args.counters[kCounterDone] = 0;
 }
@@ -110,6 +112,7 @@ absl::Status Launch(const GroupedFfnParams& p, bool with_down, cudaStream_t stre
   map.box_cols = kTileK;
   ASSIGN_OR_RETURN(args.inner_rows, EncodeMatrixMap(map));
   map.base = p.workspace->gathered_codes();
+  map.rows = static_cast<uint64_t>(p.workspace->gathered_rows_max());
   map.cols = map.row_stride_bytes = static_cast<uint64_t>(p.table->hidden());
   map.box_rows = kHalfRows;
   ASSIGN_OR_RETURN(args.gathered_rows, EncodeMatrixMap(map));

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "base/status_macros.h"
 #include "kernels/cuda/device/arguments.h"
 #include "kernels/cuda/device/status.h"
@@ -31,17 +33,21 @@ absl::StatusOr<ExpertWorkspace> ExpertWorkspace::Create(int64_t rows_max, int64_
   ExpertWorkspace space(rows_max, hidden, intermediate, experts_max);
   RETURN_IF_ERROR(Allocate(rows_max * intermediate, space.codes_));
   RETURN_IF_ERROR(Allocate(ScalesOf(rows_max, intermediate), space.scales_));
-  RETURN_IF_ERROR(Allocate(rows_max * hidden, space.gathered_codes_));
-  RETURN_IF_ERROR(Allocate(ScalesOf(rows_max, hidden), space.gathered_scales_));
-  // Every expert may leave one tile of rows unfilled; only full tiles are kept gathered.
-  const int64_t full_tiles = rows_max / kTileRows;
-  const int64_t counters = kCounterTiles + full_tiles + experts_max;
-  RETURN_IF_ERROR(Allocate(counters + full_tiles, space.counters_));
+  const int64_t gathered_rows = space.gathered_rows_max(), slots = gathered_rows / kTileRows;
+  RETURN_IF_ERROR(Allocate(gathered_rows * hidden, space.gathered_codes_));
+  RETURN_IF_ERROR(Allocate(ScalesOf(gathered_rows, hidden), space.gathered_scales_));
+  // Every expert may leave one tile of rows unfilled.
+  const int64_t counters = kCounterTiles + rows_max / kTileRows + experts_max;
+  RETURN_IF_ERROR(Allocate(counters + slots * kGatheredWords, space.counters_));
   space.gathered_ = space.counters_ + counters;
-  const size_t bytes = static_cast<size_t>(counters + full_tiles) * sizeof(int32_t);
+  const size_t bytes = static_cast<size_t>(counters + slots * kGatheredWords) * sizeof(int32_t);
   RETURN_IF_ERROR(ToStatus(cudaMemset(space.counters_, 0, bytes), kOp));
   RETURN_IF_ERROR(ToStatus(cudaStreamSynchronize(nullptr), kOp));  // any stream may come next
   return space;
+}
+
+int64_t ExpertWorkspace::gathered_rows_max() const {
+  return std::max<int64_t>(rows_max_ / (kNarrowRows + 1), 1) * kTileRows;
 }
 
 ExpertWorkspace::ExpertWorkspace(ExpertWorkspace&& other) noexcept

@@ -1,9 +1,9 @@
 #pragma once
 
 // What the grouped FFN keeps in device memory during a launch: the requantised SwiGLU outputs, with
-// the counters by which the second product finds rows of the first complete, and the rows of large
-// batches gathered in packed order, with a word a tile by which the first product finds them there.
-// rows_max * (hidden + intermediate) * 33 / 32 bytes, and the counters.
+// the counters by which the second product finds rows of the first complete, and the rows of wide
+// tiles, gathered, with words by which the first product finds them there. rows_max * (intermediate
+// + hidden * 128 / 81) * 33 / 32 bytes at most, and the counters.
 
 #include <cstdint>
 
@@ -31,10 +31,13 @@ class ExpertWorkspace {
   E4m3* codes() const { return codes_; }           // [rows_max, intermediate]
   float* scales() const { return scales_; }        // [rows_max, ceil(intermediate / 128)]
   int32_t* counters() const { return counters_; }  // kCounterTiles + one for each tile of rows
-  E4m3* gathered_codes() const { return gathered_codes_; }  // [rows_max, hidden]
-  // [rows_max / kTileRows, ceil(hidden / 128), kTileRows]: a block's scales side by side.
+  // kTileRows for each tile of more than kNarrowRows rows that a launch can have.
+  int64_t gathered_rows_max() const;
+  E4m3* gathered_codes() const { return gathered_codes_; }  // [gathered_rows_max, hidden]
+  // [gathered_rows_max / kTileRows, ceil(hidden / 128), kTileRows]: a block's scales side by side.
   float* gathered_scales() const { return gathered_scales_; }
-  int32_t* gathered() const { return gathered_; }  // [rows_max / kTileRows], zero between launches
+  // [gathered_rows_max / kTileRows, kGatheredWords], zero between launches
+  int32_t* gathered() const { return gathered_; }
 
  private:
   ExpertWorkspace(int64_t rows_max, int64_t hidden, int64_t intermediate, int64_t experts_max)

@@ -1,11 +1,12 @@
 #pragma once
 
-// Rows of large batches, gathered once for all column tiles of an expert. The tile of the first
-// column gathers as every tile does, by asynchronous copies, and stores each stage from shared
-// memory to the workspace; tiles of other columns load from there by the copy engine, which costs
-// the products beside it less. A tile that finds its rows not there yet gathers for itself: which
-// of these it does follows the timing and does not reach the bits. A warp has the same half of the
-// rows in all of them, because it decides alone.
+// Rows of wide tiles, gathered once for all column tiles of an expert. The tile of the first column
+// gathers as every tile does, by asynchronous copies, and stores each stage from shared memory to
+// the workspace; tiles of other columns load from there by the copy engine, which costs the
+// products beside it less. They may begin while that tile is still at work, and then stay behind
+// it; one that finds nothing there yet gathers for itself. Which of these it does follows the
+// timing and does not reach the bits. A warp has the same half of the rows in all of them, because
+// it decides alone.
 
 #include <cstdint>
 
@@ -38,32 +39,38 @@ __device__ __forceinline__ int SourceRow(const FfnArgs& args, bool down, int row
   return down || args.row_index == nullptr ? row : args.row_index[row];
 }
 
-// Whether what bit `part` stands for is in device memory: the same in all lanes.
-__device__ __forceinline__ bool IsGathered(const FfnArgs& args, const ExpertTile& tile, int part) {
-  int done;
-  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
-               : "=r"(done)
-               : "l"(args.gathered + tile.row / kTileRows)
-               : "memory");
-  return __all_sync(0xffffffffu, done >> part & 1);
+// The word of gathered rows from `row` on, the first of a half; the next one is their scales'.
+__device__ __forceinline__ int32_t* GatheredWord(const FfnArgs& args, int row) {
+  return args.gathered + row / kHalfRows * (kGatheredWords / kRowWarps);
 }
-// Says that it is: what this thread has seen stored.
-__device__ __forceinline__ void SetGathered(const FfnArgs& args, const ExpertTile& tile, int part) {
+// How much of what a word stands for is in device memory: the same in all lanes.
+__device__ __forceinline__ int Gathered(const int32_t* word) {
+  int blocks;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(blocks) : "l"(word) : "memory");
+  return __reduce_min_sync(0xffffffffu, blocks);
+}
+// Says so: what this thread has seen stored.
+__device__ __forceinline__ void SetGathered(int32_t* word, int blocks) {
   __threadfence();
-  atomicOr(args.gathered + tile.row / kTileRows, 1 << part);
+  atomicExch(word, blocks);
 }
 
-// Warp `part`: its half of the tile's rows, gathered before.
+// Warp `part`: its half of the tile's rows, in the gathered rows from `row` on. `ready` blocks are
+// there and the others will be: the tile that gathers them was drawn before this one.
 __device__ __forceinline__ void LoadGatheredRows(const FfnArgs& args, FfnShared& shared,
-                                                 StageCursor& cursor, const ExpertTile& tile,
-                                                 int part) {
+                                                 StageCursor& cursor, int row, int part,
+                                                 int ready) {
   GlobalProxyFence();
   constexpr int kBytes = kHalfRows * kTileK;
-  const int row = __shfl_sync(0xffffffffu, tile.row + part * kHalfRows, 0);
+  row = __shfl_sync(0xffffffffu, row, 0);
   const int blocks = Blocks(args.hidden);
 #pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
     const int s = cursor.stage;
+    if (block >= ready) {
+      while ((ready = Gathered(GatheredWord(args, row))) <= block) __nanosleep(100);
+      GlobalProxyFence();
+    }
     BarrierWait(&shared.empty[s], cursor.parity ^ 1);
     if (ElectLane()) {
       BarrierArriveExpect(&shared.full[s], kBytes);
@@ -77,11 +84,12 @@ __device__ __forceinline__ void LoadGatheredRows(const FfnArgs& args, FfnShared&
 }
 
 // Warp `part`: gathers its half of the tile's rows; with `keep` it also stores each stage, when it
-// has landed, to where LoadGatheredRows finds it.
+// has landed, to where LoadGatheredRows finds it, the gathered rows from `kept_row` on.
 __device__ __forceinline__ void GatherHalf(const FfnArgs& args, FfnShared& shared,
                                            StageCursor& cursor, const ExpertTile& tile, int part,
-                                           bool keep) {
+                                           bool keep, int kept_row) {
   constexpr int kLag = 1;     // blocks
+  constexpr int kToldOf = 8;  // blocks, at once
   constexpr int kAtOnce = 4;  // rows; 8 threads copy one
   constexpr int kBytes = kHalfRows * kTileK;
   const int lane = ThreadRead() % 32, chunk = lane % 8, row_of_lane = lane / 8;
@@ -91,16 +99,16 @@ __device__ __forceinline__ void GatherHalf(const FfnArgs& args, FfnShared& share
   uint32_t offset[kHalfRows / kAtOnce];  // in 16 bytes
 #pragma unroll
   for (int i = 0; i < kHalfRows / kAtOnce; ++i) {
-    offset[i] =
-        static_cast<uint32_t>(SourceRow(args, false, first_row + row_of_lane + i * kAtOnce)) *
-        static_cast<uint32_t>(args.hidden / 16);
+    const int row = min(first_row + row_of_lane + i * kAtOnce, tile.row + tile.rows - 1);
+    offset[i] = static_cast<uint32_t>(SourceRow(args, false, row)) *
+                static_cast<uint32_t>(args.hidden / 16);
   }
   const int blocks = Blocks(args.hidden);
   const auto store = [&](int block, int s) {
     ProxyFence();
     __syncwarp();
     if (lane == 0) {
-      TmaStore2d(&args.gathered_rows, shared.stages[s] + of_part, block * kTileK, first_row);
+      TmaStore2d(&args.gathered_rows, shared.stages[s] + of_part, block * kTileK, kept_row);
       StoresCommit();
     }
   };
@@ -129,6 +137,10 @@ __device__ __forceinline__ void GatherHalf(const FfnArgs& args, FfnShared& share
     if (keep && block >= kLag) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kLag) : "memory");
       store(block - kLag, (s + kStages - kLag) % kStages);
+      if (lane == 0 && (block + 1 - kLag) % kToldOf == 0) {
+        StoresDone();
+        SetGathered(GatheredWord(args, kept_row), block + 1 - kLag);
+      }
     }
   }
   if (!keep) return;
@@ -138,7 +150,7 @@ __device__ __forceinline__ void GatherHalf(const FfnArgs& args, FfnShared& share
     store(blocks - left, (cursor.stage + kStages - left) % kStages);
   if (lane == 0) {
     StoresDone();
-    SetGathered(args, tile, part);
+    SetGathered(GatheredWord(args, kept_row), blocks);
   }
   // The other warp may write to these places next.
   NamedBarrier(kRowBarrier, kRowWarps * 32);

@@ -6,12 +6,11 @@
 // weights. CTAs draw tickets, positions in the list.
 //
 // Where many rows are gathered, the tile of the first column does it for the other columns of its
-// rows (SharesRows). It comes early: the list begins with kLeadTiles tiles of first columns, and
-// from there on one comes before as many of other columns as a tile of rows has.
+// rows (shared_rows.cuh). It comes early: the list begins with kLeadTiles tiles of first columns,
+// and from there on one comes before as many of other columns as a tile of rows has.
 //
-// Why that cannot hang: a gate_up tile waits for nothing (if its rows are not there yet it gathers
-// them itself), a down tile only for gate_up tiles, and those were drawn before it by CTAs that are
-// running.
+// Why that cannot hang: a gate_up tile waits only for one that has begun to gather its rows, a down
+// tile for gate_up tiles, and those were drawn before it by CTAs that are running.
 
 #include <cstdint>
 
@@ -36,12 +35,14 @@ struct ExpertTile {
   int32_t row;       // first packed row
   int32_t rows;      // 1 .. kTileRows
   int32_t row_tile;  // among all tiles of rows of the launch
+  int32_t slot;      // gate_up: of its rows among those that are gathered for all columns, or -1
 };
 
 // In shared memory, the same in every CTA.
 struct TileList {
   int32_t row_offsets[kMostExperts + 1];
   int32_t row_tiles[kMostExperts + 1];  // tiles of rows before each expert
+  int32_t slots[kMostExperts + 1];      // tiles before each expert whose rows are shared
   int32_t lead;  // tiles of the first column that come first; 0: none, and no rows are shared
 
   static constexpr int kBandTiles = 16, kLeadTiles = 64;
@@ -54,27 +55,32 @@ struct TileList {
       row_offsets[e] = min(max(offsets[e], 0), rows_max);
     __syncthreads();
     if (const int lane = ThreadRead(); lane < 32) {
-      int before = 0, shared_tiles = 0;
+      int before = 0, slots_before = 0;
 #pragma unroll 1
       for (int base = 0; base < experts; base += 32) {
         const int e = base + lane;
         const int rows = e < experts ? max(row_offsets[e + 1] - row_offsets[e], 0) : 0;
-        int sum = (rows + kTileRows - 1) / kTileRows;
-        if (rows >= kSharedRows) shared_tiles += rows / kTileRows;
-        const int own = sum;
+        const int own = (rows + kTileRows - 1) / kTileRows;
+        const int own_slots = (rows + kTileRows - kNarrowRows - 1) / kTileRows;
+        int sum = own, slot = own_slots;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
           const int other = __shfl_up_sync(0xffffffffu, sum, offset);
-          if (lane >= offset) sum += other;
+          const int other_slots = __shfl_up_sync(0xffffffffu, slot, offset);
+          if (lane >= offset) sum += other, slot += other_slots;
         }
-        if (e < experts) row_tiles[e] = before + sum - own;
+        if (e < experts) {
+          row_tiles[e] = before + sum - own;
+          slots[e] = slots_before + slot - own_slots;
+        }
         before += __shfl_sync(0xffffffffu, sum, 31);
+        slots_before += __shfl_sync(0xffffffffu, slot, 31);
       }
-      shared_tiles = __reduce_add_sync(0xffffffffu, shared_tiles);
       if (lane == 0) {
         row_tiles[experts] = before;
+        slots[experts] = slots_before;
         // With less, most tiles would be drawn before the first have gathered anything.
-        const bool shares = shared_tiles * gate_up_columns >= 3 * static_cast<int>(gridDim.x);
+        const bool shares = slots_before * gate_up_columns >= 3 * static_cast<int>(gridDim.x);
         lead = shares ? min(kLeadTiles, before) : 0;
       }
     }
@@ -84,7 +90,7 @@ struct TileList {
   __device__ __forceinline__ ExpertTile Find(int ticket, int experts, int gate_up_columns,
                                              int down_columns) const {
     const int all_row_tiles = row_tiles[experts];
-    ExpertTile tile = {TileKind::kStop, 0, 0, 0, 0, 0};
+    ExpertTile tile = {TileKind::kStop, 0, 0, 0, 0, 0, -1};
     int columns = gate_up_columns, column = 0;
     tile.kind = TileKind::kGateUp;
     if (ticket >= all_row_tiles * columns) {
@@ -134,13 +140,9 @@ struct TileList {
     tile.row = row_offsets[low] + row_tile * kTileRows;
     tile.rows = min(kTileRows, row_offsets[low + 1] - tile.row);
     tile.row_tile = row_tiles[low] + row_tile;
+    const bool shares = lead > 0 && tile.kind == TileKind::kGateUp && tile.rows > kNarrowRows;
+    if (shares) tile.slot = slots[low] + row_tile;
     return tile;
-  }
-
-  // Whether the tile's rows are gathered by the tile of the first column for all others.
-  __device__ __forceinline__ bool SharesRows(const ExpertTile& tile) const {
-    return lead > 0 && tile.kind == TileKind::kGateUp && tile.rows == kTileRows &&
-           row_offsets[tile.expert + 1] - row_offsets[tile.expert] >= kSharedRows;
   }
 };
 

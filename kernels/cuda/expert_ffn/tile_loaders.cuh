@@ -22,6 +22,7 @@ __device__ __forceinline__ void LoadWeights(const FfnArgs& args, FfnShared& shar
     const int entry = static_cast<int>(count % kTileEntries);
     BarrierWait(&shared.taken[entry], (count / kTileEntries) % 2 ^ 1);
     shared.tiles[entry] = tile;
+    for (int32_t& by_engine : shared.by_engine[entry]) by_engine = 0;
     BarrierArrive(&shared.announced[entry]);
     if (tile.kind == TileKind::kStop) return;
     const bool down = tile.kind == TileKind::kDown;
@@ -104,17 +105,23 @@ __device__ __forceinline__ void LoadRows(const FfnArgs& args, FfnShared& shared)
   StageCursor cursor;
   TileReader reader;
   for (;;) {
+    // Of this tile's entry, which is there until consumers are done with the tile too.
+    int32_t& by_engine = shared.by_engine[reader.count() % kTileEntries][RowPart()];
     const ExpertTile tile = reader.Next(shared);
     if (tile.kind == TileKind::kStop) return;
     if (tile.kind == TileKind::kDown) {
       LoadInnerRows(args, shared, cursor, tile, RowPart());
       continue;
     }
-    if (shared.list.SharesRows(tile)) {
-      if (tile.column != 0 && IsGathered(args, tile, RowPart())) {
-        LoadGatheredRows(args, shared, cursor, tile, RowPart());
+    if (tile.slot >= 0) {
+      const int row = tile.slot * kTileRows + RowPart() * kHalfRows;
+      const int ready = tile.column == 0 ? 0 : Gathered(GatheredWord(args, row));
+      if (ready > 0) {
+        if (ThreadRead() % 32 == 0) by_engine = 1;
+        __syncwarp();
+        LoadGatheredRows(args, shared, cursor, row, RowPart(), ready);
       } else {
-        GatherHalf(args, shared, cursor, tile, RowPart(), tile.column == 0);
+        GatherHalf(args, shared, cursor, tile, RowPart(), tile.column == 0, row);
       }
       continue;
     }
@@ -179,10 +186,11 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
       WaitForRows(args, tile);
     }
     const int blocks = Blocks(down ? args.intermediate : args.hidden);
-    const bool shares = shared.list.SharesRows(tile), keep = shares && tile.column == 0;
-    const bool gathered = shares && !keep && IsGathered(args, tile, kGatheredScales);
+    const bool shares = tile.slot >= 0, keep = shares && tile.column == 0;
+    const auto word = [&] { return GatheredWord(args, tile.slot * kTileRows) + 1; };
+    const bool gathered = shares && !keep && Gathered(word()) > 0;
     // The lane's first gathered scale.
-    const uint32_t kept = static_cast<uint32_t>(tile.row / kTileRows * blocks * kTileRows + lane);
+    const uint32_t kept = static_cast<uint32_t>(tile.slot * blocks * kTileRows + lane);
     const float* const scales = down       ? args.inner_scales
                                 : gathered ? args.gathered_scales
                                            : args.x_scales;
@@ -261,7 +269,7 @@ __device__ __forceinline__ void LoadScales(const FfnArgs& args, FfnShared& share
     if (!down && lane == 0) shared.uncounted = tile.row_tile;
     if (keep) {
       __syncwarp();
-      if (lane == 0) SetGathered(args, tile, kGatheredScales);
+      if (lane == 0) SetGathered(word(), blocks);
     }
     reader.Done(shared);
   }

@@ -85,6 +85,19 @@ __device__ __forceinline__ void MultiplyTile(FfnShared& shared, StageCursor& cur
   }
 }
 
+// SetRowsBeyond of wide_tile.cuh, where rows of the tile are columns of the products.
+template <int kWidth>
+__device__ __forceinline__ void SetColumnsBeyond(int rows, float (&first)[kWidth / 2],
+                                                 float (&second)[kWidth / 2]) {
+  const int column = ThreadRead() % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kWidth / 2; ++i) {
+    const bool beyond = column + i / 4 * 8 + i % 2 >= rows;
+    first[i] = beyond ? 1.0f : first[i];
+    second[i] = beyond ? 0.0f : second[i];
+  }
+}
+
 template <int kWidth>
 __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shared,
                                             StageCursor& cursor, const ExpertTile& tile) {
@@ -97,6 +110,7 @@ __device__ __forceinline__ void ComputeTile(const FfnArgs& args, FfnShared& shar
                        static_cast<uint32_t>(KMajorDescriptor(stage + group * 64 * kTileK)),
                        static_cast<uint32_t>(KMajorDescriptor(stage + kWeightBytes)),
                        Blocks(down ? args.intermediate : args.hidden), !down, first, second);
+  if (tile.rows < kWidth) SetColumnsBeyond<kWidth>(tile.rows, first, second);
   if (down) {
     const auto store = [&](int first_column) {
       return [&, first_column](int row, int lane_of_row, const RowVector& v) {
@@ -150,7 +164,7 @@ __device__ __forceinline__ void Compute(const FfnArgs& args, FfnShared& shared) 
     } else if (!wide) {
       ComputeTile<kNarrowRows>(args, shared, cursor, tile);
     } else {
-      ComputeWideTile(args, shared, cursor, tile);
+      ComputeWideTile(args, shared, cursor, tile, shared.by_engine[reader.count() % kTileEntries]);
     }
     reader.Done(shared);
   }

@@ -9,18 +9,16 @@ inline constexpr int kTileColumns = 128;  // one quantisation block of the SwiGL
 inline constexpr int kTileRows = 128;
 inline constexpr int kTileK = 128;  // one scale on either side
 // Up to so many rows of a tile are operand B, more are operand A (docs/adr/0013).
-inline constexpr int kNarrowRows = 96;
+inline constexpr int kNarrowRows = 80;
 inline constexpr int kMostExperts = 512;
-// Experts of so many rows have the rows of their full tiles gathered once for all columns.
-inline constexpr int kSharedRows = 2 * kTileRows;
 
 // Places in ExpertWorkspace::counters(), 128 bytes apart because many CTAs count at once.
 inline constexpr int kCounterTicket = 0;  // tiles handed out
 inline constexpr int kCounterDone = 32;   // CTAs that need nothing any more
 inline constexpr int kCounterTiles = 64;  // from here: finished column tiles of each tile of rows
 
-// Bits of ExpertWorkspace::gathered(): the halves of a tile's rows are there, 0 and 1, and their
-// scales.
-inline constexpr int kGatheredScales = 2;
+// Words of ExpertWorkspace::gathered() for each tile that shares its rows: how many 128-blocks of
+// either half of the rows are there, and behind each of the two whether all scales are.
+inline constexpr int kGatheredWords = 4;
 
 }  // namespace moebius::kernels::cuda
