@@ -18,7 +18,7 @@ inline constexpr int kCounterDone = 32;   // CTAs that need nothing any more
 inline constexpr int kCounterTiles = 64;  // from here: finished column tiles of each tile of rows
 
 // Words of ExpertWorkspace::gathered() for each tile that shares its rows: how many 128-blocks of
-// either half of the rows are there, and behind each of the two whether all scales are.
+// either half of the rows are there (words 0 and 2), and whether all scales are (word 1).
 inline constexpr int kGatheredWords = 4;
 
 }  // namespace moebius::kernels::cuda

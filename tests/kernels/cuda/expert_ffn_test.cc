@@ -552,7 +552,9 @@ TEST_F(ExpertFfnTest, RowsGatheredForAllColumnsAreThoseOfSmallBatches) {
   constexpr int64_t kSources = 64;
   for (const Case& c : {Case{272, 2048, {3, 1700, 300, 0, 1290, 97}},
                         Case{1168, 1040, {5, 3000, 0, 256, 255, 2600}},
-                        Case{2320, 2048, {90, 1700, 300, 113, 1290, 97}}}) {
+                        Case{2320, 2048, {90, 1700, 300, 113, 1290, 97}},
+                        // The most tiles that share for so many rows: the workspace is full.
+                        Case{272, 2048, std::vector<int64_t>(26, 81)}}) {
     const Experts experts(static_cast<int64_t>(c.counts.size()), c.hidden, c.intermediate, 18);
     const Sources sources = WithHostileNeighbours(kSources, c.hidden, 19);
     const int64_t rows = std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0});
