@@ -39,8 +39,9 @@ __device__ __forceinline__ uint64_t DrawTarget(float u, uint64_t mass) {
 template <int kRanks>
 __device__ inline bool DrawAmongFew(RowMemory<kRanks>& memory, const RowState& row, uint32_t count,
                                     const Draw& draw) {
-  ForEachListed(row,
-                [&](float logit, int i) { Gather(memory, row, logit, PlaceOfListed(row, i)); });
+  ForListed(
+      row, [](float) { return true; },
+      [&](float logit, int place) { Gather(memory, row, logit, place); });
   RowBarrier<kRanks>();
   if (row.rank == 0) {
     if (threadIdx.x == 0) memory.appended = 0;
@@ -74,12 +75,13 @@ __device__ inline bool DrawAmongFew(RowMemory<kRanks>& memory, const RowState& r
       StoreAt<kRanks>(&memory.chosen_mass, threadIdx.x, mass);
     }
   }
+  LogMeanwhile(memory);
   RowBarrier<kRanks>();
   return memory.chosen_mass > 0;
 }
 
 // The draw in the general case. Leaves the token's key in chosen_key.
-template <int kRanks>
+template <bool kVectors, int kRanks>
 __device__ __forceinline__ void DrawBySelection(RowMemory<kRanks>& memory, RowState& row,
                                                 const Draw& draw) {
   Bracket bracket = draw.bracket;
@@ -100,7 +102,7 @@ __device__ __forceinline__ void DrawBySelection(RowMemory<kRanks>& memory, RowSt
       float edge = bracket.above;
       uint64_t mass_before = mass_above;
       if (target.value > (target.by_count ? draw.count_above : mass_above)) {
-        found = SelectBracketed(memory, row, bracket, mass_before, draw.count_above, target);
+        found = SelectBracketed(memory, row, mass_before, draw.count_above, target);
         if (found || target.by_count || mass_before == mass_above) break;
         edge = bracket.end;
       }
@@ -111,14 +113,15 @@ __device__ __forceinline__ void DrawBySelection(RowMemory<kRanks>& memory, RowSt
                             static_cast<float>(distance / static_cast<double>(1ull << kMassBits)));
       ClearForAll(memory);
       float4 quads[kTogether];
-      const Masses masses = Weigh<kList | kAbove | kReplaceNan>(memory, row, bracket, false, quads);
+      const Masses masses =
+          Weigh<kList | kAbove | kReplaceNan, kVectors>(memory, row, bracket, false, quads);
       uint64_t above[1] = {static_cast<uint64_t>(masses.above)};
       Exchange<Fold::kSum>(memory.exchange, row.rank, row.turn, above);
       mass_above = above[0];
     }
     if (!found) SelectAny(memory, row, target);
     mass = memory.chosen_mass;
-    __syncthreads();
+    if (step < kDrawn) __syncthreads();
   }
 }
 
