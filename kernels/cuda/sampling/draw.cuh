@@ -34,11 +34,20 @@ __device__ __forceinline__ uint64_t DrawTarget(float u, uint64_t mass) {
   return static_cast<uint64_t>(static_cast<double>(u) * static_cast<double>(mass)) + 1;
 }
 
+// Whether the bracket is complete for DrawAmongFew and its candidates so few that this is faster
+// than a selection for each step: comparing 230 with each other takes three times as long as one.
+__device__ __forceinline__ bool AreFew(const Draw& draw, Bracket bracket, uint64_t listed) {
+  const int steps = 1 + (draw.top_k > 0 ? 1 : 0) + (draw.top_p < 1.0f ? 1 : 0);
+  return bracket.FromBest() && listed >= draw.top_k &&
+         listed <= static_cast<uint64_t>(kMostGathered / 4 * steps);
+}
+
 // All steps of a draw among a complete bracket of few candidates: CTA 0 gathers, compares each with
 // each, and tells the others the key and, in chosen_mass, whether the token is among them.
 template <int kRanks>
 __device__ inline bool DrawAmongFew(RowMemory<kRanks>& memory, const RowState& row, uint32_t count,
                                     const Draw& draw) {
+  LogMeanwhile(memory);
   ForListed(
       row, [](float) { return true; },
       [&](float logit, int place) { Gather(memory, row, logit, place); });
@@ -75,7 +84,6 @@ __device__ inline bool DrawAmongFew(RowMemory<kRanks>& memory, const RowState& r
       StoreAt<kRanks>(&memory.chosen_mass, threadIdx.x, mass);
     }
   }
-  LogMeanwhile(memory);
   RowBarrier<kRanks>();
   return memory.chosen_mass > 0;
 }

@@ -160,10 +160,12 @@ __device__ __forceinline__ void Gather(RowMemory<kRanks>& memory, const RowState
   StoreAt<kRanks>(&memory.gathered[at].mass, 0, MassOf(ExponentOf(row, logit)));
 }
 
-// The logarithm, by a thread that has nothing else to do while candidates are compared.
+// The logarithm, once, by a thread while others gather candidates.
 template <int kRanks>
 __device__ __forceinline__ void LogMeanwhile(RowMemory<kRanks>& memory) {
-  if (threadIdx.x == kThreads - 1) memory.log_sum = LogOfMass(memory.total_one);
+  if (threadIdx.x != kThreads - 1 || memory.total_one == 0) return;
+  memory.log_sum = LogOfMass(memory.total_one);
+  memory.total_one = 0;
 }
 
 // In CTA 0, of `count` gathered candidates: one to each group of threads, the first of which gets

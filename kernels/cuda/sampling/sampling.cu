@@ -249,8 +249,8 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
     }
     __syncthreads();
     const uint64_t listed = sums[3] & 0xffffffu;
-    const bool few = bracket.FromBest() && listed >= draw.top_k && listed <= kMostGathered;
-    if (!few || !DrawAmongFew(memory, row, static_cast<uint32_t>(listed), draw))
+    if (!AreFew(draw, bracket, listed) ||
+        !DrawAmongFew(memory, row, static_cast<uint32_t>(listed), draw))
       DrawBySelection<kVectors>(memory, row, draw);
     token = IdOfKey(memory.chosen_key);
     logit = LogitOfKey(memory.chosen_key);
