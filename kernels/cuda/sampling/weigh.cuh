@@ -196,30 +196,17 @@ __device__ __forceinline__ void ForEachListed(const RowState& row, F f) {
 }
 // The place in the slice of the candidate that is number i of the list.
 __device__ __forceinline__ int PlaceOfListed(const RowState& row, int i) {
-  constexpr int kAtOnce = kFewBatches;
-  const int batches = row.slice.Batches();
 #pragma unroll 1
-  for (int first = 0;; first += kAtOnce) {
-    uint32_t bits[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      bits[k] = first + k < batches ? ListedBits(row, first + k) : 0;
-    uint32_t found = 0;
-    int turn = 0, before = 0;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int count = __popc(bits[k]);
-      if (i >= 0 && i < count) {
-        found = bits[k];
-        turn = first + k;
-        before = i;
-      }
+  for (int turn = 0;; ++turn) {
+    uint32_t bits = ListedBits(row, turn);
+    const int count = __popc(bits);
+    if (i >= count) {
       i -= count;
+      continue;
     }
-    if (found == 0) continue;
 #pragma unroll 1
-    for (; before > 0; --before) found &= found - 1;
-    return PlaceOf(4 * kTogether * BatchOfTurn(row.slice, turn) + __ffs(static_cast<int>(found)) -
+    for (; i > 0; --i) bits &= bits - 1;
+    return PlaceOf(4 * kTogether * BatchOfTurn(row.slice, turn) + __ffs(static_cast<int>(bits)) -
                    1);
   }
 }
