@@ -100,7 +100,8 @@ __device__ inline void EstimateCurve(RowMemory<kRanks>& memory, const RowState& 
       tops += __uint_as_float(both.y);
     }
   }
-  const float weight = exp2f(static_cast<float>(-bin) / static_cast<float>(kBinsPerOctave));
+  const float weight =
+      exp2f(static_cast<float>(-bin) * (1.0f / static_cast<float>(kBinsPerOctave)));
   const auto scale = static_cast<float>(kSampledOf);
   const float others = scale * sampled;
   float sums[4] = {weight * (tops + others), weight * weight * others, tops, others};
@@ -131,28 +132,32 @@ __device__ __forceinline__ Bracket BracketOfBins(const Curve& curve, float begin
 // How many deviations a guess allows for.
 constexpr float kDeviations = 4.2f;
 
-// Where the curve passes `mass`, in bins: a part of a bin where its candidates are many, `few`
-// parts where they are not.
-template <int kRanks>
-__device__ __forceinline__ float PlaceOnCurve(const RowMemory<kRanks>& memory, float mass,
-                                              float few) {
+// Where the curve passes `mass` at `bin`, in bins: a part of a bin where its candidates are many,
+// `few` parts where they are not.
+__device__ __forceinline__ float PlaceOnCurve(const Curve& curve, int bin, float mass, float few) {
   constexpr float kMany = 100.0f;
-  const Curve& curve = memory.curve;
-  const int bin = __syncthreads_count(curve.mass[threadIdx.x] < mass);
-  if (bin == 0 || bin >= kBins) return static_cast<float>(bin) + few;
+  const auto place = static_cast<float>(bin);
+  if (bin == 0 || bin >= kBins) return place + few;
   const float before = curve.mass[bin - 1];
   const bool many = curve.others[bin] - curve.others[bin - 1] > kMany;
-  return static_cast<float>(bin) + (many ? (mass - before) / (curve.mass[bin] - before) : few);
+  return place + (many ? __fdividef(mass - before, curve.mass[bin] - before) : few);
 }
 
 // A bracket in which the running mass passes a value between `least` and `most`, in the curve's
 // units, most probably.
 template <int kRanks>
 __device__ inline Bracket BracketAround(const RowMemory<kRanks>& memory, float least, float most,
-                                        float deviation) {
-  const float margin = kDeviations * deviation + 0.0005f * memory.curve.mass[kBins - 1];
-  const float begin = PlaceOnCurve(memory, least - margin, 0.0f);
-  return BracketOfBins(memory.curve, begin, PlaceOnCurve(memory, most + margin, 1.0f));
+                                        float variance) {
+  const Curve& curve = memory.curve;
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(variance));
+  const float margin = kDeviations * root + 0.0005f * curve.mass[kBins - 1];
+  least -= margin;
+  most += margin;
+  const float mass = curve.mass[threadIdx.x];
+  const int begin = __syncthreads_count(mass < least), end = __syncthreads_count(mass < most);
+  return BracketOfBins(curve, PlaceOnCurve(curve, begin, least, 0.0f),
+                       PlaceOnCurve(curve, end, most, 1.0f));
 }
 // `fraction`: of all mass, which is not known exactly.
 template <int kRanks>
@@ -170,7 +175,7 @@ __device__ inline Bracket BracketOfMass(const RowMemory<kRanks>& memory, float f
   // What is in the last bin may have far less mass.
   const float surely = fmaxf(curve.mass[kBins - 2], 0.98f * total);
   return BracketAround(memory, fraction * surely, fraction * total,
-                       sqrtf(rest * rest * before + fraction * fraction * after));
+                       rest * rest * before + fraction * fraction * after);
 }
 // Once it is known exactly what lies before an edge of a bracket: another, around the place where
 // the running mass is `distance` more than that.
@@ -185,7 +190,7 @@ __device__ inline Bracket BracketFrom(const RowMemory<kRanks>& memory, float edg
     spread = curve.spread[begin - 1] + part * (curve.spread[begin] - curve.spread[begin - 1]);
   }
   const int bin = min(__syncthreads_count(curve.mass[threadIdx.x] < mass), kBins - 1);
-  return BracketAround(memory, mass, mass, sqrtf(fabsf(curve.spread[bin] - spread)));
+  return BracketAround(memory, mass, mass, fabsf(curve.spread[bin] - spread));
 }
 
 // A bracket that holds the `top_k`-th candidate: surely, if that takes not many.

@@ -149,57 +149,46 @@ __device__ __forceinline__ void Exchange(ExchangeMemory<kRanks>& memory, uint32_
   (fold_row.template operator()<kFolds>(i++), ...);
 }
 
-// Inclusive sums of two values over the threads of the CTA. `scratch` may be used again after a
-// __syncthreads.
-__device__ __forceinline__ void InclusiveScan(uint64_t& x, uint64_t& y,
-                                              uint64_t (&scratch)[2][kWarps]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// The sum of any values over a warp.
+__device__ __forceinline__ uint64_t AddWarp(uint64_t value) {
+  constexpr uint32_t kMask = 0xffffffu;
+  const uint32_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value) & kMask);
+  const uint32_t middle = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value >> 24) & kMask);
+  const uint32_t high = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(value >> 48));
+  return (static_cast<uint64_t>(high) << 48) + (static_cast<uint64_t>(middle) << 24) + low;
+}
+// Inclusive sums over a warp.
+template <typename T>
+__device__ __forceinline__ void ScanWarp(T& value) {
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const uint64_t lower_x = __shfl_up_sync(kAllLanes, x, distance);
-    const uint64_t lower_y = __shfl_up_sync(kAllLanes, y, distance);
-    if (lane >= distance) {
-      x += lower_x;
-      y += lower_y;
-    }
+    const T lower = __shfl_up_sync(kAllLanes, value, distance);
+    if (static_cast<int>(threadIdx.x % 32) >= distance) value += lower;
   }
-  if (lane == 31) {
-    scratch[0][warp] = x;
-    scratch[1][warp] = y;
-  }
-  __syncthreads();
-  static_assert(kWarps == 16);
-  const bool before = lane % 16 < warp;
-  x += FoldLanes<Fold::kSum, 16>(before ? scratch[0][lane % 16] : 0);
-  y += FoldLanes<Fold::kSum, 16>(before ? scratch[1][lane % 16] : 0);
 }
 
-// The same for kCount floats.
+// Inclusive sums of kCount values over the threads of the CTA. `scratch` may be used again after a
+// __syncthreads.
 template <int kCount>
 __device__ __forceinline__ void InclusiveScan(float (&values)[kCount],
                                               float (&scratch)[kCount][kWarps]) {
+  static_assert(kCount <= kWarps && kWarps == 16);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto scan = [&](float& value) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const float lower = __shfl_up_sync(kAllLanes, value, distance);
-      if (lane >= distance) value += lower;
-    }
-  };
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    scan(values[i]);
+    ScanWarp(values[i]);
     if (lane == 31) scratch[i][warp] = values[i];
   }
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    float of_warps = lane < warp ? scratch[i][lane % kWarps] : 0.0f;
-#pragma unroll
-    for (int width = kWarps / 2; width >= 1; width /= 2)
-      of_warps += __shfl_xor_sync(kAllLanes, of_warps, width);
-    values[i] += __shfl_sync(kAllLanes, of_warps, 0);
+  if (warp < kCount) {
+    float of_warps = lane < kWarps ? scratch[warp][lane] : 0.0f;
+    ScanWarp(of_warps);
+    const float before = __shfl_up_sync(kAllLanes, of_warps, 1);
+    if (lane < kWarps) scratch[warp][lane] = lane == 0 ? 0.0f : before;
   }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] += scratch[i][warp];
 }
 
 }  // namespace moebius::kernels::cuda

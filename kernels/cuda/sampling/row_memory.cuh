@@ -50,8 +50,8 @@ __device__ __forceinline__ BinRule BinRuleOf(Bracket bracket) {
 struct Lists {
   // In the order of BatchOfTurn, then of numbers. What finds the list full goes to the last rows.
   float logits[kMostListed + 4][kThreads];
-  // A bit for each logit of a batch. Those of a slice with more batches are where another would
-  // keep its second.
+  // A bit for each logit of a batch, in the order of BatchOfTurn. Those of a slice with more
+  // batches are where another would keep its second.
   uint32_t bits[kFewBatches][kThreads];
 };
 
@@ -98,6 +98,8 @@ struct RowMemory {
   uint64_t mass_before;
   bool has_nan;            // or an infinite maximum: no log-probability is a number
   uint32_t first_largest;  // id
+  BinRule rule;            // of the bracket that was weighed last
+  uint64_t total_one;      // the sum of masses at temperature 1, and its logarithm
   float log_sum;
   // What was selected: its key, and the sum of masses up to it, or 0 if nothing was.
   uint64_t chosen_key;
@@ -120,11 +122,11 @@ __device__ __forceinline__ float ExponentOf(const RowState& row, float logit) {
   return WeightExponent(logit, row.maximum, row.factor);
 }
 
-__device__ __forceinline__ uint32_t& ListedBits(const RowState& row, int batch) {
+__device__ __forceinline__ uint32_t& ListedBits(const RowState& row, int turn) {
   uint32_t* const bits = row.slice.Batches() <= kFewBatches
                              ? row.lists->bits[0]
                              : reinterpret_cast<uint32_t*>(row.slice.kept + kBatch / 4);
-  return bits[batch * kThreads + static_cast<int>(threadIdx.x)];
+  return bits[turn * kThreads + static_cast<int>(threadIdx.x)];
 }
 
 template <int kRanks>
@@ -158,6 +160,14 @@ __device__ __forceinline__ void Gather(RowMemory<kRanks>& memory, const RowState
   StoreAt<kRanks>(&memory.gathered[at].mass, 0, MassOf(ExponentOf(row, logit)));
 }
 
+// The logarithm, once, by a thread while others gather candidates.
+template <int kRanks>
+__device__ __forceinline__ void LogMeanwhile(RowMemory<kRanks>& memory) {
+  if (threadIdx.x != kThreads - 1 || memory.total_one == 0) return;
+  memory.log_sum = LogOfMass(memory.total_one);
+  memory.total_one = 0;
+}
+
 // In CTA 0, of `count` gathered candidates: one to each group of threads, the first of which gets
 // how many come before it and the mass of those up to it. False for all other threads.
 template <int kRanks>
@@ -165,8 +175,9 @@ __device__ __forceinline__ bool RankGathered(const RowMemory<kRanks>& memory, ui
                                              Candidate& mine, uint32_t& rank,
                                              uint64_t& mass_up_to) {
   static_assert(kMostGathered == kThreads / 2);
-  const uint32_t width = count <= kThreads / 8 ? 8 : count <= kThreads / 4 ? 4 : 2;
-  const uint32_t at = threadIdx.x / width, part = threadIdx.x % width;
+  const uint32_t width_log2 = count <= kThreads / 8 ? 3 : count <= kThreads / 4 ? 2 : 1;
+  const uint32_t width = 1u << width_log2;
+  const uint32_t at = threadIdx.x >> width_log2, part = threadIdx.x & (width - 1);
   rank = 0;
   mass_up_to = 0;
   mine = {0, 0};

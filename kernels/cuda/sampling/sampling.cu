@@ -22,7 +22,6 @@ struct Rows {
   const float* logits;
   int64_t stride;
   int vocab;
-  bool aligned;  // every row starts at a multiple of 16 bytes
   // Draws
   const SamplingParams* params;
   const uint64_t* token_index;
@@ -45,7 +44,7 @@ struct Largest {
 // The first pass: keeps the first batches in shared memory and the last in `quads`, where the first
 // already is, finds the largest logit, and counts the sample if that is wanted.
 enum class Finds { kLargest, kFirstLargest, kSample };
-template <Finds kFinds>
+template <Finds kFinds, bool kVectors>
 __device__ __forceinline__ Largest LoadRow(const Slice& slice, const SampleBins& bins,
                                            float4 (&quads)[kTogether]) {
   Largest largest;
@@ -74,9 +73,9 @@ __device__ __forceinline__ Largest LoadRow(const Slice& slice, const SampleBins&
           slice.kept[(batch * kTogether + q) * kThreads + static_cast<int>(threadIdx.x)] = four;
       }
       if (batch + 2 < batches) {
-        LoadHalf(slice, batch + 1, half, once, true, quads);
+        LoadHalf<kVectors>(slice, batch + 1, half, once, true, quads);
       } else if (batch + 2 == batches) {
-        LoadHalf(slice, batch + 1, half, once, false, quads);
+        LoadHalf<kVectors>(slice, batch + 1, half, once, false, quads);
       }
     }
   }
@@ -129,7 +128,7 @@ __device__ __forceinline__ void WriteGiven(const Rows& rows, int64_t at, const R
 }
 
 // One row in kRanks CTAs.
-template <int kRanks, bool kDraw>
+template <int kRanks, bool kDraw, bool kVectors>
 __device__ __forceinline__ void SampleRow(const Rows& rows) {
   extern __shared__ float4 dynamic[];
   __shared__ RowMemory<kRanks> memory;
@@ -148,11 +147,11 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   __syncthreads();
   WaitForPrecedingKernel();
   LetNextKernelStart();
-  row.slice = MakeSlice(rows.logits + at * rows.stride, rows.vocab, rows.aligned, row.rank, kRanks,
-                        dynamic);
+  row.slice = MakeSlice(rows.logits + at * rows.stride, rows.vocab, row.rank, kRanks, dynamic);
   float4 quads[kTogether];
-  LoadHalf(row.slice, 0, 0, true, false, quads);  // does not wait for the row's parameters
-  LoadHalf(row.slice, 0, 1, true, false, quads);
+  // Does not wait for the row's parameters.
+  LoadHalf<kVectors>(row.slice, 0, 0, true, false, quads);
+  LoadHalf<kVectors>(row.slice, 0, 1, true, false, quads);
   SamplingParams params;
   if (kDraw) params = rows.params[at];
   const bool greedy = !kDraw || !(params.temperature > 0.0f);
@@ -175,13 +174,13 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   SampleBins bins;
   Largest largest;
   if (greedy) {
-    largest = LoadRow<Finds::kFirstLargest>(row.slice, bins, quads);
+    largest = LoadRow<Finds::kFirstLargest, kVectors>(row.slice, bins, quads);
   } else if (top_k > 0 && top_k <= kThreads / 2) {
     // So few best candidates are bounded by threads' largest logits.
-    largest = LoadRow<Finds::kLargest>(row.slice, bins, quads);
+    largest = LoadRow<Finds::kLargest, kVectors>(row.slice, bins, quads);
   } else {
     bins = MakeSampleBins(memory, quads[0], row.factor);
-    largest = LoadRow<Finds::kSample>(row.slice, bins, quads);
+    largest = LoadRow<Finds::kSample, kVectors>(row.slice, bins, quads);
     if (largest.sampled >= largest.other && PlaceOf(0) < row.slice.count)
       CountInBin(memory, bins.Of(largest.sampled), ~0u);
   }
@@ -199,7 +198,8 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   constexpr bool kAlone = kRanks == 1;
   if (by_largest) {
     if (kDraw) FindFirstLargest(memory, row, largest);
-    masses = Weigh<kAtOne>(memory, row, bracket, kAlone, quads);
+    __syncwarp();  // or the lane that has it would stay alone, and its warp weigh twice
+    masses = Weigh<kAtOne, kVectors>(memory, row, bracket, kAlone, quads);
   } else {
     atomicAdd(&memory.tops[BinOf(ExponentOf(row, largest.OfThread()))],
               PlaceOf(0) < row.slice.count ? 1u : 0u);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
                   : BracketOfMass(memory, draw.top_p < 1.0f ? draw.top_p : draw.u, rows.vocab);
     constexpr int kFromBest = kSum | kList, kAny = kSum | kList | kAbove;
     const auto weigh = [&]<int kWhat>() {
-      masses = Weigh<kWhat>(memory, row, bracket, kAlone, quads);
+      masses = Weigh<kWhat, kVectors>(memory, row, bracket, kAlone, quads);
     };
     const bool at_one = row.factor == kLog2E;
     if (memory.has_nan) {  // then nobody asks for the sum at temperature 1
@@ -237,9 +237,11 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   auto token = static_cast<TokenId>(memory.first_largest);
   float logit = row.maximum;
   const bool writes = row.rank == 0 && threadIdx.x == kThreads - 1;
-  if (writes) memory.log_sum = LogOfMass(total_one);
-  if (!by_largest) {
+  if (by_largest) {
+    if (writes) memory.log_sum = LogOfMass(total_one);
+  } else {
     if (threadIdx.x == 0) {
+      memory.total_one = total_one;
       draw.bracket = bracket;
       draw.total = sums[1];
       draw.mass_above = sums[2];
@@ -247,9 +249,9 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
     }
     __syncthreads();
     const uint64_t listed = sums[3] & 0xffffffu;
-    const bool few = bracket.FromBest() && listed >= draw.top_k && listed <= kMostGathered;
-    if (!few || !DrawAmongFew(memory, row, static_cast<uint32_t>(listed), draw))
-      DrawBySelection(memory, row, draw);
+    if (!AreFew(draw, bracket, listed) ||
+        !DrawAmongFew(memory, row, static_cast<uint32_t>(listed), draw))
+      DrawBySelection<kVectors>(memory, row, draw);
     token = IdOfKey(memory.chosen_key);
     logit = LogitOfKey(memory.chosen_key);
   }
@@ -260,15 +262,15 @@ __device__ __forceinline__ void SampleRow(const Rows& rows) {
   }
 }
 
-template <bool kDraw>
+template <bool kDraw, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 1) SampleRowsAlone(const Rows rows) {
-  SampleRow<1, kDraw>(rows);
+  SampleRow<1, kDraw, kVectors>(rows);
 }
 constexpr int kClusterRanks = 8;
-template <bool kDraw>
+template <bool kDraw, bool kVectors>
 __global__ void __cluster_dims__(kClusterRanks) __launch_bounds__(kThreads, 1)
     SampleRowsInClusters(const Rows rows) {
-  SampleRow<kClusterRanks, kDraw>(rows);
+  SampleRow<kClusterRanks, kDraw, kVectors>(rows);
 }
 
 absl::Status ValidateRows(const char* op, int64_t m, int64_t vocab, int64_t stride,
@@ -283,13 +285,20 @@ absl::Status ValidateRows(const char* op, int64_t m, int64_t vocab, int64_t stri
 // So few rows that a cluster each has multiprocessors of its own.
 constexpr int64_t kMostInClusters = 15;
 
-template <bool kDraw>
-absl::Status Launch(const char* op, Rows rows, int64_t m, cudaStream_t stream) {
-  rows.aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.stride % 4 == 0;
+template <bool kDraw, bool kVectors>
+absl::Status Launch(const char* op, const Rows& rows, int64_t m, cudaStream_t stream) {
   const bool clusters = m <= kMostInClusters;
-  const auto kernel = clusters ? SampleRowsInClusters<kDraw> : SampleRowsAlone<kDraw>;
+  const auto kernel =
+      clusters ? SampleRowsInClusters<kDraw, kVectors> : SampleRowsAlone<kDraw, kVectors>;
   const auto grid = static_cast<unsigned>(clusters ? m * kClusterRanks : m);
   return LaunchDependent(op, kernel, dim3(grid), kThreads, stream, rows, kDynamicBytes);
+}
+template <bool kDraw>
+absl::Status Launch(const char* op, const Rows& rows, int64_t m, cudaStream_t stream) {
+  const bool vectors = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.stride % 4 == 0 &&
+                       rows.vocab % 4 == 0;
+  return vectors ? Launch<kDraw, true>(op, rows, m, stream)
+                 : Launch<kDraw, false>(op, rows, m, stream);
 }
 
 }  // namespace

@@ -32,10 +32,10 @@ namespace moebius::kernels::cuda {
 inline constexpr int64_t kSamplingMaxVocab = 400'000;
 
 // Both enqueue on `stream`; all pointers are device pointers, borrowed until the stream has passed
-// the launch. A 16-aligned `logits` with a stride that is a multiple of 4 loads faster; the bits
-// are the same. The kernels may start while the one before them in the stream ends; they wait for
-// it before they touch memory. m = 0 does nothing. Errors: INVALID_ARGUMENT naming the field;
-// INTERNAL if the launch fails. Any thread.
+// the launch. A 16-aligned `logits` with a stride and a vocab that are multiples of 4 loads faster;
+// the bits are the same. The kernels may start while the one before them in the stream ends; they
+// wait for it before they touch memory. m = 0 does nothing. Errors: INVALID_ARGUMENT naming the
+// field; INTERNAL if the launch fails. Any thread.
 absl::Status LaunchSample(const SampleParams& params, cudaStream_t stream);
 
 // A token outside of [0, vocab) and other than -1 gets NaN.

@@ -55,19 +55,43 @@ template <int kRanks>
 __device__ inline bool FindBin(RowMemory<kRanks>& memory, Target target, uint64_t mass,
                                uint64_t count, bool exact, uint64_t mass_before,
                                uint64_t count_before) {
-  uint64_t mass_up_to = mass, count_up_to = count;
-  InclusiveScan(mass_up_to, count_up_to, memory.scan);
-  mass_up_to += mass_before;
-  count_up_to += count_before;
-  const uint64_t sum = target.by_count ? count_up_to : mass_up_to;
-  const bool reaches = sum >= target.value && sum - (target.by_count ? count : mass) < target.value;
-  if (reaches || (threadIdx.x == kBins - 1 && sum < target.value)) {
-    memory.reached = reaches ? static_cast<int>(threadIdx.x) : kBins;
-    memory.mass_before = reaches ? mass_up_to - mass : mass_up_to;
-    memory.count_before = reaches ? count_up_to - count : count_up_to;
+  // Only the warp in which that is adds up bin by bin.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint64_t mass_of_warp = AddWarp(mass);
+  const uint32_t count_of_warp = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(count));
+  if (lane == 0) {
+    memory.scan[0][warp] = mass_of_warp;
+    memory.scan[1][warp] = count_of_warp;
+  }
+  const bool all_exact = __syncthreads_or(!exact) == 0;
+  const bool before = lane < warp;
+  mass_before += AddWarp(before ? memory.scan[0][lane] : 0);
+  count_before +=
+      __reduce_add_sync(kAllLanes, before ? static_cast<uint32_t>(memory.scan[1][lane]) : 0);
+  const uint64_t sum_before = target.by_count ? count_before : mass_before;
+  const uint64_t sum_up_to = sum_before + (target.by_count ? count_of_warp : mass_of_warp);
+  const bool reached = sum_before < target.value && sum_up_to >= target.value;
+  if (reached) {
+    uint64_t mass_up_to = mass, count_up_to = count;
+    ScanWarp(mass_up_to);
+    ScanWarp(count_up_to);
+    mass_up_to += mass_before;
+    count_up_to += count_before;
+    const uint64_t sum = target.by_count ? count_up_to : mass_up_to;
+    if (sum >= target.value && sum - (target.by_count ? count : mass) < target.value) {
+      memory.reached = static_cast<int>(threadIdx.x);
+      memory.mass_before = mass_up_to - mass;
+      memory.count_before = count_up_to - count;
+      memory.count_within = count;
+    }
+  } else if (threadIdx.x == kBins - 1 && sum_up_to < target.value) {
+    memory.reached = kBins;
+    memory.mass_before = mass_before + mass_of_warp;
+    memory.count_before = count_before + count_of_warp;
     memory.count_within = count;
   }
-  return __syncthreads_or(!exact) == 0;
+  __syncthreads();
+  return all_exact;
 }
 
 // Zeroes the histogram once no CTA reads it any more.
@@ -78,14 +102,14 @@ __device__ __forceinline__ void ClearForAll(RowMemory<kRanks>& memory) {
   RowBarrier<kRanks>();
 }
 
-// Among the candidates of a bracket, which are listed; `mass_before` and `count_before` it. False
-// if the target is not reached among them, when `mass_before` becomes that before the bracket's
-// end, or if too many are alike.
+// Among the candidates of the bracket that was weighed last; `mass_before` and `count_before` it.
+// False if the target is not reached among them, when `mass_before` becomes that before the
+// bracket's end, or if too many are alike.
 template <int kRanks>
-__device__ inline bool SelectBracketed(RowMemory<kRanks>& memory, RowState& row, Bracket bracket,
+__device__ inline bool SelectBracketed(RowMemory<kRanks>& memory, RowState& row,
                                        uint64_t& mass_before, uint64_t count_before,
                                        Target target) {
-  BinRule rule = BinRuleOf(bracket);
+  BinRule rule = memory.rule;
   const BinRule outer = rule;  // of the first round; the second looks at one of its bins
   int outer_bin = 0;
   uint64_t before = mass_before;
@@ -95,7 +119,7 @@ __device__ inline bool SelectBracketed(RowMemory<kRanks>& memory, RowState& row,
     };
     if (round == 1 || !row.counted) {
       ClearForAll(memory);
-      ForEachListed(row, [&](float logit, int) {
+      ForEachListed(row, [&](float logit) {
         const float exponent = ExponentOf(row, logit);
         const int bin = bin_of(exponent);
         if (bin >= 0) AddToBin(memory, bin, MassOf(exponent));
@@ -124,10 +148,10 @@ __device__ inline bool SelectBracketed(RowMemory<kRanks>& memory, RowState& row,
     count_before = memory.count_before;
     if (memory.count_within <= kMostGathered) {
       if (threadIdx.x == 0) memory.chosen_mass = 0;
-      ForEachListed(row, [&](float logit, int i) {
-        if (bin_of(ExponentOf(row, logit)) == reached)
-          Gather(memory, row, logit, PlaceOfListed(row, i));
-      });
+      LogMeanwhile(memory);
+      ForListed(
+          row, [&](float logit) { return bin_of(ExponentOf(row, logit)) == reached; },
+          [&](float logit, int place) { Gather(memory, row, logit, place); });
       RowBarrier<kRanks>();
       return ResolveGathered(memory, row, static_cast<uint32_t>(memory.count_within), target,
                              before, count_before);
@@ -170,6 +194,7 @@ __device__ inline void SelectAny(RowMemory<kRanks>& memory, RowState& row, Targe
   uint64_t mass_before = 0, count_before = 0;
   const int numbers = 4 * kTogether * row.slice.Batches();
   row.counted = false;
+  LogMeanwhile(memory);
   for (int shift = 32 + kIdBits - kBitsAStep;; shift = max(0, shift - kBitsAStep)) {
     if (threadIdx.x == 0) memory.chosen_mass = 0;
     ClearForAll(memory);

@@ -28,21 +28,20 @@ struct Slice {
   int count;
   int first_id;
   int batches_kept;  // if there are as many
-  bool vectors;      // 16-aligned, and count is a multiple of 4
   __device__ __forceinline__ int Batches() const { return (count + kBatch - 1) / kBatch; }
 };
 
 __host__ __device__ constexpr int SliceOf(int vocab, int ranks) {
   return ((vocab + ranks - 1) / ranks + 3) / 4 * 4;
 }
-__device__ __forceinline__ Slice MakeSlice(const float* row, int vocab, bool aligned, uint32_t rank,
-                                           int ranks, float4* kept) {
+__device__ __forceinline__ Slice MakeSlice(const float* row, int vocab, uint32_t rank, int ranks,
+                                           float4* kept) {
   const int slice = SliceOf(vocab, ranks);
   const int begin = min(vocab, static_cast<int>(rank) * slice);
   const int count = min(vocab, begin + slice) - begin;
   const float* from = row + begin;
   asm("" : "+l"(from));  // or every loop would compute it anew
-  return {from, kept, count, begin, 0, aligned && count % 4 == 0};
+  return {from, kept, count, begin, 0};
 }
 
 // A thread's logits are numbered: 4 * kTogether a batch. Their places in the slice:
@@ -58,7 +57,9 @@ __device__ __forceinline__ float4 LoadVector(const float* from, bool once) {
                : "l"(from), "l"(once ? kEvictFirst : kEvictNormal));
   return v;
 }
-// `whole`: all of it is in the slice.
+// `whole`: all of it is in the slice. kVectors: the slice is 16-aligned, its count a multiple of 4;
+// asked in the loops, the code for other slices would take room in the instruction cache.
+template <bool kVectors>
 __device__ __forceinline__ void LoadHalf(const Slice& slice, int batch, int half, bool once,
                                          bool whole, float4 (&quads)[kTogether]) {
   const float least = -__builtin_inff();
@@ -69,12 +70,12 @@ __device__ __forceinline__ void LoadHalf(const Slice& slice, int batch, int half
   for (int i = 0; i < kHalf; ++i) {
     float4& four = quads[half * kHalf + i];
     const float* const at = from + 4 * i * kThreads;
-    if (whole && slice.vectors) {
+    if (whole && kVectors) {
       four = LoadVector(at, once);
       continue;
     }
     four = make_float4(least, least, least, least);
-    if (slice.vectors) {
+    if (kVectors) {
       if (4 * i * kThreads < left) four = LoadVector(at, once);
       continue;
     }
@@ -84,15 +85,17 @@ __device__ __forceinline__ void LoadHalf(const Slice& slice, int batch, int half
     if (4 * i * kThreads + 3 < left) four.w = __ldcg(at + 3);
   }
 }
-// The same for what has been kept.
+// One logit, or half of a batch, that may have been kept.
 __device__ __forceinline__ float LogitOf(const Slice& slice, int number) {
   if (number >= 4 * slice.batches_kept * kTogether) return __ldcg(slice.from + PlaceOf(number));
   return reinterpret_cast<const float*>(
       slice.kept)[4 * (number / 4 * kThreads + static_cast<int>(threadIdx.x)) + number % 4];
 }
+template <bool kVectors>
 __device__ __forceinline__ void HalfOf(const Slice& slice, int batch, int half, bool whole,
                                        float4 (&quads)[kTogether]) {
-  if (batch >= slice.batches_kept) return LoadHalf(slice, batch, half, false, whole, quads);
+  if (batch >= slice.batches_kept)
+    return LoadHalf<kVectors>(slice, batch, half, false, whole, quads);
 #pragma unroll
   for (int i = half * kHalf; i < (half + 1) * kHalf; ++i)
     quads[i] = slice.kept[(batch * kTogether + i) * kThreads + static_cast<int>(threadIdx.x)];

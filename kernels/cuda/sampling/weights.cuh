@@ -21,40 +21,58 @@ __device__ __forceinline__ float WeightExponent(float logit, float maximum, floa
   return fmaxf(__fmul_rn(__fsub_rn(logit, maximum), factor), kLeastExponent);
 }
 
-// A mass in two parts, a multiple of 2^-18 and what is left in multiples of 2^-41 (-2^22 .. 2^22),
+// A mass in two parts, a multiple of 2^-19 and what is left in multiples of 2^-41 (-2^21 .. 2^21),
 // each as the representation of a float in whose low bits the multiple stands: adding 2^k (1.5 *
 // 2^k where it may be negative) rounds a float to a multiple of 2^(k - 23) and leaves the multiple
-// there.
-constexpr float kHighMagic = 32.0f, kLowMagic = 1.5f / 262144;
+// there. Three additions, for the sum of both is a float, too.
+constexpr float kHighMagic = 16.0f, kLowMagic = 1.5f / 262144;
+constexpr float kBothMagic = kHighMagic + kLowMagic;
+static_assert(kBothMagic - kHighMagic == kLowMagic);
 struct MassParts {
   uint32_t high;
   uint32_t low;
+  float less_high;  // kLowMagic less the multiple of 2^-19
 };
 __device__ __forceinline__ MassParts PartsOf(float exponent) {
   float weight;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(exponent));
   const float high = __fadd_rn(weight, kHighMagic);
-  const float rest = __fsub_rn(weight, __fsub_rn(high, kHighMagic));
-  return {__float_as_uint(high), __float_as_uint(__fadd_rn(rest, kLowMagic))};
+  const float less_high = __fsub_rn(kBothMagic, high);
+  return {__float_as_uint(high), __float_as_uint(__fadd_rn(weight, less_high)), less_high};
 }
 
-// The sum of up to 127 masses.
+// The sum of up to 1,000 masses.
 struct MassSum {
   uint32_t high = 0, low = 0;  // modulo 2^32
   __device__ __forceinline__ void Add(MassParts parts) {
     high += parts.high;
     low += parts.low;
   }
-  // How many were added: each adds kHighMagic, that is 33 * 2^25, and all multiples together less
-  // than 2^25.
-  __device__ __forceinline__ uint32_t Count() const {
-    static_assert(33 * 97 % 128 == 1);
-    return (high >> 25) * 97 % 128;
-  }
-  __device__ __forceinline__ int64_t Total() const { return TotalOf(Count()); }
   __device__ __forceinline__ int64_t TotalOf(uint32_t count) const {
-    return (static_cast<int64_t>(high - count * __float_as_uint(kHighMagic)) << 23) +
+    return (static_cast<int64_t>(high - count * __float_as_uint(kHighMagic)) << 22) +
            static_cast<int32_t>(low - count * __float_as_uint(kLowMagic));
+  }
+};
+
+// The sum and the number of up to 1,000 masses that are added where a condition holds. All but one
+// of the additions are of floats, for which there is a pipe of their own, and exact: Flush is
+// called before there are more than 32, and multiples of 2^-19 up to 32 are floats.
+struct CountedMassSum {
+  float count = 0.0f;
+  float less_high = 0.0f;                     // of those since Flush
+  int32_t units = 0;                          // the others', in multiples of 2^-19
+  uint32_t low = 0;                           // modulo 2^32
+  static constexpr float kUnits = 524288.0f;  // 2^19
+  __device__ __forceinline__ void Flush() {
+    units += static_cast<int32_t>(__fmul_rn(less_high, kUnits));
+    less_high = 0.0f;
+  }
+  __device__ __forceinline__ uint32_t Count() const { return static_cast<uint32_t>(count); }
+  // After Flush.
+  __device__ __forceinline__ int64_t Total() const {
+    const int64_t high = static_cast<int64_t>(Count()) * static_cast<int64_t>(kLowMagic * kUnits);
+    return ((high - units) << 22) +
+           static_cast<int32_t>(low - Count() * __float_as_uint(kLowMagic));
   }
 };
 
