@@ -295,11 +295,14 @@ __global__ void __launch_bounds__(kMaxSplitRows)
   // start only then.
   MakeShares(shape.schedule, 0, shares, first_slots);
   const int count = ListSharedRows(shape.schedule, shares, first_slots, places);
+  const int items = count * shape.tiles * kPartialQuads;
+  // Often there are none. CTAs without one find room while the kernel in front runs, and should not
+  // stay: the next kernel would wait for all of them. One waits, so that this kernel ends last.
+  if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= items) return;
   WaitForPrecedingKernel();
   LetNextKernelStart();
   const int half = static_cast<int>(threadIdx.x) / 128,
             thread = static_cast<int>(threadIdx.x) % 128;
-  const int items = count * shape.tiles * kPartialQuads;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int quad = item % kPartialQuads;
     const int tile = item / kPartialQuads % shape.tiles;

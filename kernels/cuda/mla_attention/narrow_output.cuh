@@ -27,9 +27,9 @@ __device__ __forceinline__ void MergeOutput(NarrowOutput& chain, NarrowState& st
   for (int j = 0; j < 2; ++j) {
     MlaHeadState merged = {{state.anchor[2 * j], state.anchor[2 * j + 1]},
                            {state.sum[2 * j], state.sum[2 * j + 1]}};
-    const MlaMergeFactors factors =
-        MergeState(merged, {{next.anchor[2 * j], next.anchor[2 * j + 1]},
-                            {next.sum[2 * j], next.sum[2 * j + 1]}});
+    const MlaMergeFactors factors = MergeState(
+        merged,
+        {{next.anchor[2 * j], next.anchor[2 * j + 1]}, {next.sum[2 * j], next.sum[2 * j + 1]}});
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       state.anchor[2 * j + e] = merged.anchor[e];
