@@ -626,6 +626,37 @@ TEST_F(MlaAttentionTest, AHeadHasTheSameBitsWhateverTheNumberOfHeads) {
   }
 }
 
+// In another order a sum of probabilities differs in its last bit at most, which few outputs show:
+// many short rows, whose probabilities differ by more than a sum has bits.
+TEST_F(MlaAttentionTest, AHeadHasTheSameBitsInManyShortRows) {
+  constexpr int64_t kFew = 16, kMany = 20, kRows = 3000;
+  const std::vector<int64_t> contexts = {64, 60, 128, 190};
+  Cache cache(contexts, 27, 28);
+  cache.Upload();
+  std::vector<MlaRow> rows;
+  for (int64_t row = 0; row < kRows; ++row) {
+    const auto sequence = static_cast<size_t>(row % 4);
+    rows.push_back({static_cast<int32_t>(contexts[sequence] - 1), static_cast<int32_t>(sequence)});
+  }
+  std::vector<Bf16> many = RandomQueries(kRows, kMany, 29), few;
+  for (int64_t row = 0; row < kRows; ++row) {
+    const auto begin = many.begin() + row * kMany * kDim;
+    const float spread = 1.0f + static_cast<float>(row / 4 % 4);
+    std::for_each(begin, begin + kMany * kDim, [&](Bf16& v) { v = ToBf16(ToFloat(v) * spread); });
+    few.insert(few.end(), begin, begin + kFew * kDim);
+  }
+  const std::vector<Bf16> expected = Attend(cache, rows, kMany, many);
+  const std::vector<Bf16> found = Attend(cache, rows, kFew, few);
+  int64_t different = 0;
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t i = 0; i < kFew * kRank; ++i) {
+      different += found[static_cast<size_t>(row * kFew * kRank + i)] !=
+                   expected[static_cast<size_t>(row * kMany * kRank + i)];
+    }
+  }
+  EXPECT_EQ(different, 0) << "of " << kRows * kFew * kRank << " values";
+}
+
 // Contexts that end before, at and behind blocks, pairs of blocks, passes of a cluster and segments
 // of both sizes. The whole call has single CTAs, its parts have clusters.
 TEST_F(MlaAttentionTest, ClustersGiveTheSameBitsAsSingleCtas) {
