@@ -16,22 +16,34 @@
 namespace moebius::kernels::cuda {
 namespace {
 
+// Where the next box goes, and how many have been asked for.
+struct LoadPlace {
+  RingPlace at = {0, 1};  // all is empty
+  uint32_t boxes = 0;
+};
+
 // Boxes [kFirst, kEnd) of a block, by a warp. Lanes wait for a place each: to wait for one after
 // the other takes longer than the copies.
 template <int kFirst, int kEnd>
-__device__ __forceinline__ void LoadBoxes(NarrowShared& s, const CUtensorMap& cache, RingPlace& at,
-                                          int32_t block) {
+__device__ __forceinline__ void LoadBoxes(NarrowShared& s, const CUtensorMap& cache,
+                                          LoadPlace& place, int32_t block) {
   const auto lane = threadIdx.x % 32;
+  place.boxes += kEnd - kFirst;
+  if (place.boxes > kBoxesInFlight) {
+    const uint32_t arrived = place.boxes - kBoxesInFlight - 1;
+    BarrierWait(&s.full[arrived % kRing], arrived / kRing % 2);
+  }
   if (lane < kEnd - kFirst) {
-    const RingPlace mine = at.Plus(lane);
+    const RingPlace mine = place.at.Plus(lane);
     BarrierWait(&s.empty[mine.slot], mine.parity);
     BarrierArriveExpect(&s.full[mine.slot], kBoxBytes);
   }
   __syncwarp();
 #pragma unroll
-  for (int box = kFirst; box < kEnd; ++box, at.Advance(1)) {
+  for (int box = kFirst; box < kEnd; ++box, place.at.Advance(1)) {
     if (lane == 0) {
-      TmaLoad2d(s.boxes[at.slot], &cache, &s.full[at.slot], box * 64, block * 64, kEvictFirst);
+      const uint32_t slot = place.at.slot;
+      TmaLoad2d(s.boxes[slot], &cache, &s.full[slot], box * 64, block * 64, kEvictFirst);
     }
   }
   __syncwarp();
@@ -43,8 +55,7 @@ __device__ __forceinline__ void LoadBlocks(NarrowShared& s, const CUtensorMap& c
   const int lane = static_cast<int>(threadIdx.x) % 32;
   MlaWorkList list(shape.schedule, Group(), s.shares);
   MlaWork work;
-  RingPlace at;
-  at.parity = 1;  // all is empty
+  LoadPlace place;
   while (list.Next(work)) {
     const int blocks = work.at.position / 64 + 1;
     const int size = shape.schedule.SegmentBlocks(work.at.position);
@@ -55,8 +66,8 @@ __device__ __forceinline__ void LoadBlocks(NarrowShared& s, const CUtensorMap& c
       if ((block - first) % 32 == 0) entries = block + lane < end ? table[block + lane] : 0;
       const int32_t id = __shfl_sync(~0u, entries, (block - first) % 32);
       // The places that one block leaves take the last boxes of a block and the first of the next.
-      LoadBoxes<0, kRing % kBoxes>(s, cache, at, id);
-      LoadBoxes<kRing % kBoxes, kBoxes>(s, cache, at, id);
+      LoadBoxes<0, kRing % kBoxes>(s, cache, place, id);
+      LoadBoxes<kRing % kBoxes, kBoxes>(s, cache, place, id);
     }
   }
 }

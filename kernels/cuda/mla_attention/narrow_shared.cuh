@@ -19,6 +19,9 @@ namespace moebius::kernels::cuda {
 constexpr int kScoreWarps = 4, kValueWarps = 8;
 constexpr int kNarrowThreads = 32 * (kScoreWarps + kValueWarps + 2);
 constexpr int kRing = 25;  // boxes of 64 positions x 64 values: two blocks and most of a third
+// Boxes that a CTA has asked for and that are not there yet: enough for the whole bandwidth. With
+// more, some CTAs get more of it than others.
+constexpr int kBoxesInFlight = 11;
 constexpr int kNarrowBoxBytes = kNarrowHeads * 128;
 
 struct NarrowShared {
