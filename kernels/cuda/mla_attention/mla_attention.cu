@@ -10,6 +10,7 @@
 #include "kernels/cuda/device/status.h"
 #include "kernels/cuda/device/tensor_map.h"
 #include "kernels/cuda/device/wgmma.cuh"
+#include "kernels/cuda/mla_attention/narrow_attention.cuh"
 #include "kernels/cuda/mla_attention/partial.cuh"
 #include "kernels/cuda/mla_attention/schedule.cuh"
 #include "kernels/cuda/mla_attention/segment_cluster.cuh"
@@ -294,11 +295,14 @@ __global__ void __launch_bounds__(kMaxSplitRows)
   // start only then.
   MakeShares(shape.schedule, 0, shares, first_slots);
   const int count = ListSharedRows(shape.schedule, shares, first_slots, places);
+  const int items = count * shape.tiles * kPartialQuads;
+  // Often there are none. CTAs without one find room while the kernel in front runs, and should not
+  // stay: the next kernel would wait for all of them. One waits, so that this kernel ends last.
+  if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= items) return;
   WaitForPrecedingKernel();
   LetNextKernelStart();
   const int half = static_cast<int>(threadIdx.x) / 128,
             thread = static_cast<int>(threadIdx.x) % 128;
-  const int items = count * shape.tiles * kPartialQuads;
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     const int quad = item % kPartialQuads;
     const int tile = item / kPartialQuads % shape.tiles;
@@ -393,16 +397,20 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
                                                    p.workspace_bytes, ", needed are ",
                                                    plan.workspace_bytes));
   }
+  const int ctas = SegmentCtas(plan, p.m);
+  const bool narrow = ctas == 1 && p.num_heads <= kNarrowHeads;
   MatrixMap map;
   map.element_bytes = 2;
   map.cols = kMlaLatentDim;
   map.row_stride_bytes = 2 * kMlaLatentDim;
-  map.box_rows = map.box_cols = 64;
+  map.box_cols = 64;
   map.l2_promotion = false;  // what a box leaves out, the next one asks for anyway
   map.base = p.q;
+  map.box_rows = narrow ? kNarrowHeads : 64;
   map.rows = static_cast<uint64_t>(p.m * p.num_heads);
   ASSIGN_OR_RETURN(const CUtensorMap queries, EncodeMatrixMap(map));
   map.base = p.cache;
+  map.box_rows = 64;
   map.rows = static_cast<uint64_t>(p.num_blocks * 64);
   ASSIGN_OR_RETURN(const CUtensorMap cache, EncodeMatrixMap(map));
 
@@ -423,14 +431,17 @@ absl::Status LaunchMlaAttentionWithSegments(const MlaAttentionCoreParams& p, int
   shape.segments = shape.chains + plan.groups * plan.tiles * 2 * kPartialHalf;
   shape.max_segments = plan.max_segments;
 
-  const int ctas = SegmentCtas(plan, p.m);
   if (ctas > 1) return LaunchSegmentClusters(ctas, queries, cache, shape, stream);
-  LaunchShape launch;
-  launch.grid = dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups));
-  launch.threads = kThreads;
-  launch.shared_bytes = static_cast<int>(sizeof(Shared));
-  launch.overlaps = true;
-  RETURN_IF_ERROR(Launch("MlaAttention", MlaAttention, launch, stream, queries, cache, shape));
+  if (narrow) {
+    RETURN_IF_ERROR(LaunchNarrowAttention(queries, cache, shape, stream));
+  } else {
+    LaunchShape launch;
+    launch.grid = dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups));
+    launch.threads = kThreads;
+    launch.shared_bytes = static_cast<int>(sizeof(Shared));
+    launch.overlaps = true;
+    RETURN_IF_ERROR(Launch("MlaAttention", MlaAttention, launch, stream, queries, cache, shape));
+  }
   if (plan.slots == 0 || plan.max_segments == 1) return absl::OkStatus();
   const int64_t items = p.m * plan.tiles * kPartialQuads;
   return LaunchDependent("MergeSegments", MergeSegments,

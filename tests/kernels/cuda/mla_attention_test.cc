@@ -219,6 +219,58 @@ uint64_t HashOfRow(const std::vector<Bf16>& out, int64_t heads, int64_t row) {
   return HashOf(std::vector<Bf16>(begin, begin + static_cast<int64_t>(size)));
 }
 
+// Single CTAs have a form of their own for at most 16 heads. In a call of 30 rows CTAs share them;
+// in one of 260 each CTA has whole ones.
+TEST_F(MlaAttentionTest, FewHeadsAgreeWithTheReferenceInSingleCtas) {
+  const Reference reference;
+  const std::vector<int64_t> contexts = {65, 1, 63, 64, 129, 513, 2047, 2048, 2049, 4160};
+  const auto kinds = static_cast<int64_t>(contexts.size());
+  for (const int64_t heads : {1, 5, 16}) {
+    Cache cache(contexts, 20, 21 + static_cast<uint64_t>(heads));
+    cache.Upload();
+    const std::vector<Bf16> q = RandomQueries(kinds, heads, 22);
+    std::vector<uint64_t> hashes;  // of rows of each kind
+    for (const int64_t m : {30, 260}) {
+      std::vector<MlaRow> rows;
+      std::vector<Bf16> queries;
+      for (int64_t row = 0; row < m; ++row) {
+        const int64_t kind = row < 30 ? row % kinds : 0;
+        rows.push_back({static_cast<int32_t>(contexts[static_cast<size_t>(kind)] - 1),
+                        static_cast<int32_t>(kind)});
+        const auto from = q.begin() + kind * heads * kDim;
+        queries.insert(queries.end(), from, from + heads * kDim);
+      }
+      ASSERT_EQ(MlaSegmentCtas(m, heads, 4160), 1);
+      const std::vector<Bf16> out = Attend(cache, rows, heads, queries);
+      if (hashes.empty()) {
+        std::vector<float> all_found, all_expected;
+        for (int64_t kind = 0; kind < kinds; ++kind) {
+          hashes.push_back(HashOfRow(out, heads, kind));
+          for (int64_t head = 0; head < heads; head += 7) {
+            const int64_t at = kind * heads + head;
+            const std::vector<float> expected =
+                reference.Head(cache, rows[static_cast<size_t>(kind)], q.data() + at * kDim);
+            std::vector<float> found;
+            for (int64_t i = 0; i < kRank; ++i)
+              found.push_back(ToFloat(out[static_cast<size_t>(at * kRank + i)]));
+            EXPECT_LT(RelativeDifference(found, expected), 1e-5)
+                << heads << " heads, head " << head << ", context "
+                << contexts[static_cast<size_t>(kind)];
+            all_found.insert(all_found.end(), found.begin(), found.end());
+            all_expected.insert(all_expected.end(), expected.begin(), expected.end());
+          }
+        }
+        EXPECT_LT(RelativeDifference(all_found, all_expected), 5e-6) << heads << " heads";
+      }
+      for (int64_t row = 0; row < m; ++row) {
+        EXPECT_EQ(HashOfRow(out, heads, row),
+                  hashes[static_cast<size_t>(rows[static_cast<size_t>(row)].sequence)])
+            << "row " << row << " of " << m << ", " << heads << " heads";
+      }
+    }
+  }
+}
+
 // 600 positions of one sequence around the end of a segment, in one call, against the same rows in
 // calls of `chunk` rows, standing `shift` places further on (cyclically). Some queries hold NaN and
 // infinities: their bits count too. Buffers are made before a competing kernel starts, because to
@@ -391,22 +443,32 @@ TEST_F(MlaAttentionTest, ARowHasTheSameBitsAmongAnyNeighboursAndPages) {
 }
 
 TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
-  constexpr int64_t kHeads = 128;
   // Of 17 and 10 blocks a cluster's last pass leaves CTAs without one.
   const std::vector<int64_t> contexts = {1030, 3000, 1500, 577, 2500};
   Cache cache(contexts, 9, 10);
   cache.Upload();
+  struct Launches {
+    size_t m;
+    int64_t heads;
+    int ctas;
+  };
   // Clusters of every size for a segment, rows shared by CTAs, and rows that each have one.
-  for (const auto& [m, ctas] : {std::pair<size_t, int>{1, 8}, {6, 4}, {12, 2}, {32, 1}, {150, 1}}) {
-    SCOPED_TRACE(m);
+  for (const auto& [m, heads, ctas] : {Launches{1, 128, 8},
+                                       {6, 128, 4},
+                                       {12, 128, 2},
+                                       {32, 128, 1},
+                                       {150, 128, 1},
+                                       {60, 16, 1},
+                                       {300, 16, 1}}) {
+    SCOPED_TRACE(testing::Message() << m << " rows, " << heads << " heads");
     std::vector<MlaRow> rows;
     for (size_t i = 0; i < m; ++i) {
       const size_t sequence = i % contexts.size();
       rows.push_back(
           {static_cast<int32_t>(contexts[sequence] - 1), static_cast<int32_t>(sequence)});
     }
-    Call call(cache, rows, kHeads, RandomQueries(static_cast<int64_t>(m), kHeads, 11));
-    ASSERT_EQ(MlaSegmentCtas(call.params.m, kHeads, call.params.max_context), ctas);
+    Call call(cache, rows, heads, RandomQueries(static_cast<int64_t>(m), heads, 11));
+    ASSERT_EQ(MlaSegmentCtas(call.params.m, heads, call.params.max_context), ctas);
     const DeviceBuffer<Bf16> out(call.out_size), other(call.out_size);
     ExpectEqualLaunches({{{{out.get(), 2 * call.out_size}}, {{other.get(), 2 * call.out_size}}}},
                         [&](int set, cudaStream_t stream) {
@@ -417,27 +479,34 @@ TEST_F(MlaAttentionTest, LaunchesBesideACompetingKernelAgree) {
 }
 
 TEST_F(MlaAttentionTest, WhatTheKernelInFrontWritesIsWaitedFor) {
-  constexpr int64_t kHeads = 128;
   Cache cache({3000, 70, 1500}, 9, 12);
   cache.Upload();
-  Call call(cache, {{2999, 0}, {69, 1}, {1499, 2}}, kHeads, RandomQueries(3, kHeads, 13));
-  DeviceBuffer<Bf16> out(call.out_size);
-  MlaAttentionCoreParams& params = call.params;
-  params.out = out.get();
-  ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
-  const uint64_t expected = HashOf(out.Download());
-  const auto run_behind = [&](const void* input, size_t bytes, const char* what) {
-    out.Poison();
-    const LateInput late(const_cast<void*>(input), bytes);
+  // A cluster for each segment; single CTAs for few heads.
+  for (const auto& [heads, copies] : {std::pair<int64_t, int>{128, 1}, {16, 30}}) {
+    std::vector<MlaRow> rows;
+    for (int copy = 0; copy < copies; ++copy)
+      rows.insert(rows.end(), {{2999, 0}, {69, 1}, {1499, 2}});
+    const auto m = static_cast<int64_t>(rows.size());
+    ASSERT_EQ(MlaSegmentCtas(m, heads, 3000) > 1, copies == 1);
+    Call call(cache, rows, heads, RandomQueries(m, heads, 13));
+    DeviceBuffer<Bf16> out(call.out_size);
+    MlaAttentionCoreParams& params = call.params;
+    params.out = out.get();
     ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
-    EXPECT_EQ(HashOf(out.Download()), expected) << what;
-  };
-  run_behind(call.q.get(), call.q.count() * sizeof(Bf16), "queries");
-  run_behind(call.rows.get(), call.rows.count() * sizeof(MlaRow), "rows");
-  run_behind(params.cache, static_cast<size_t>(params.num_blocks * 64 * kDim) * sizeof(Bf16),
-             "cache");
-  run_behind(params.block_tables, static_cast<size_t>(3 * params.max_blocks) * sizeof(int32_t),
-             "block tables");
+    const uint64_t expected = HashOf(out.Download());
+    const auto run_behind = [&](const void* input, size_t bytes, const char* what) {
+      out.Poison();
+      const LateInput late(const_cast<void*>(input), bytes);
+      ASSERT_STATUS_OK(LaunchMlaAttention(params, nullptr));
+      EXPECT_EQ(HashOf(out.Download()), expected) << heads << " heads, " << what;
+    };
+    run_behind(call.q.get(), call.q.count() * sizeof(Bf16), "queries");
+    run_behind(call.rows.get(), call.rows.count() * sizeof(MlaRow), "rows");
+    run_behind(params.cache, static_cast<size_t>(params.num_blocks * 64 * kDim) * sizeof(Bf16),
+               "cache");
+    run_behind(params.block_tables, static_cast<size_t>(3 * params.max_blocks) * sizeof(int32_t),
+               "block tables");
+  }
 }
 
 TEST_F(MlaAttentionTest, ArgumentsThatItCannotTakeAreRefusedByName) {
@@ -506,6 +575,74 @@ TEST_F(MlaAttentionTest, EveryNumberOfCtasGivesOneResult) {
     for (int64_t row = 0; row < m; ++row)
       EXPECT_EQ(HashOfRow(out, heads, row), expected) << "row " << row << ", " << ctas << " CTAs";
   }
+}
+
+// Heads [first, first + heads) of rows of `row_heads`, each of `width` values.
+std::vector<Bf16> HeadsOf(const std::vector<Bf16>& rows, int64_t row_heads, int64_t first,
+                          int64_t heads, int64_t width) {
+  std::vector<Bf16> taken;
+  for (auto row = rows.begin(); row != rows.end(); row += row_heads * width)
+    taken.insert(taken.end(), row + first * width, row + (first + heads) * width);
+  return taken;
+}
+
+// Up to 16 heads have a tile of their own, more have tiles of 64; up to position 6,143 all have the
+// same segments. Single CTAs in all calls.
+TEST_F(MlaAttentionTest, AHeadHasTheSameBitsWhateverTheNumberOfHeads) {
+  const std::vector<int64_t> contexts = {1,    2,    64,   65,   127,  129,  300,  1024, 1100,
+                                         2048, 2049, 2112, 2177, 3136, 4096, 4097, 5000, 6144};
+  Cache cache(contexts, 24, 25);
+  cache.Upload();
+  std::vector<MlaRow> rows;
+  for (size_t copy = 0; copy < 5; ++copy) {
+    for (size_t i = 0; i < contexts.size(); ++i)
+      rows.push_back({static_cast<int32_t>(contexts[i] - 1), static_cast<int32_t>(i)});
+  }
+  const auto m = static_cast<int64_t>(rows.size());
+  std::vector<Bf16> all = RandomQueries(m, kMlaMaxHeads, 26);
+  for (int64_t i = 0; i < m * kMlaMaxHeads * kDim; ++i) {
+    const int64_t row = i / (kMlaMaxHeads * kDim), head = i / kDim % kMlaMaxHeads;
+    Bf16& v = all[static_cast<size_t>(i)];
+    if (row % 5 == 1) v = ToBf16(ToFloat(v) * 40);
+    if (row % 5 == 2 && head % 3 == 1) v = ToBf16(ToFloat(v) * 1e-3f);
+    if (row % 7 == 5 && head % 6 == 2 && i % kDim == 7) v = ToBf16(NAN);
+    if (row % 7 == 6 && head % 6 == 4 && i % kDim == 570) v = ToBf16(-INFINITY);
+  }
+  const std::vector<Bf16> expected = Attend(cache, rows, kMlaMaxHeads, all);
+  // Heads from `first` on, in a call of their own.
+  for (const auto& [heads, first] : {std::pair<int64_t, int64_t>{1, 0},
+                                     {1, 37},
+                                     {3, 62},
+                                     {8, 8},
+                                     {16, 0},
+                                     {16, 112},
+                                     {17, 40}}) {
+    ASSERT_EQ(MlaSegmentCtas(m, heads, 6144), 1);
+    const std::vector<Bf16> out =
+        Attend(cache, rows, heads, HeadsOf(all, kMlaMaxHeads, first, heads, kDim));
+    EXPECT_EQ(HashOf(out), HashOf(HeadsOf(expected, kMlaMaxHeads, first, heads, kRank)))
+        << heads << " heads from " << first;
+  }
+}
+
+// In another order a sum of probabilities differs in its last bit at most, which few outputs show:
+// many short rows, whose probabilities differ by more than a sum has bits.
+TEST_F(MlaAttentionTest, AHeadHasTheSameBitsInManyShortRows) {
+  constexpr int64_t kFew = 16, kMany = 20, kRows = 3000;
+  const std::vector<int64_t> contexts = {64, 60, 128, 190};
+  Cache cache(contexts, 27, 28);
+  cache.Upload();
+  std::vector<MlaRow> rows;
+  for (int32_t row = 0; row < kRows; ++row)
+    rows.push_back({static_cast<int32_t>(contexts[static_cast<size_t>(row % 4)] - 1), row % 4});
+  std::vector<Bf16> q = RandomQueries(kRows, kMany, 29);
+  for (int64_t i = 0; i < kRows * kMany * kDim; ++i) {
+    Bf16& v = q[static_cast<size_t>(i)];
+    v = ToBf16(ToFloat(v) * static_cast<float>(1 + i / (4 * kMany * kDim) % 4));
+  }
+  const std::vector<Bf16> expected = Attend(cache, rows, kMany, q);
+  const std::vector<Bf16> out = Attend(cache, rows, kFew, HeadsOf(q, kMany, 0, kFew, kDim));
+  EXPECT_EQ(HashOf(out), HashOf(HeadsOf(expected, kMany, 0, kFew, kRank)));
 }
 
 // Contexts that end before, at and behind blocks, pairs of blocks, passes of a cluster and segments
