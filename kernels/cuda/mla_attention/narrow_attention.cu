@@ -1,7 +1,5 @@
 #include "kernels/cuda/mla_attention/narrow_attention.cuh"
 
-#include <algorithm>
-
 #include "kernels/cuda/device/barrier.cuh"
 #include "kernels/cuda/device/dependent_launch.cuh"
 #include "kernels/cuda/device/launch.h"
@@ -29,6 +27,8 @@ __device__ __forceinline__ void LoadBoxes(NarrowShared& s, const CUtensorMap& ca
                                           LoadPlace& place, int32_t block) {
   const auto lane = threadIdx.x % 32;
   place.boxes += kEnd - kFirst;
+  // It is one that has been asked for before.
+  static_assert(kEnd - kFirst <= kBoxesInFlight && kBoxesInFlight < kRing);
   if (place.boxes > kBoxesInFlight) {
     const uint32_t arrived = place.boxes - kBoxesInFlight - 1;
     BarrierWait(&s.full[arrived % kRing], arrived / kRing % 2);
