@@ -174,8 +174,12 @@ void AttentionActor::Impl::EndAtOnce(const Submit& request, FinishReason reason)
 }
 
 void AttentionActor::Impl::Accept(Submit request, runtime::Context& context) {
-  if (!backend_status_.ok()) return Refuse(request, backend_status_);
-  if (draining_) return Refuse(request, absl::UnavailableError("this worker is draining"));
+  // ABORTED: ask another worker, this one is going.
+  if (!backend_status_.ok()) {
+    return Refuse(request, absl::AbortedError(
+                               absl::StrCat("this worker is going: ", backend_status_.message())));
+  }
+  if (draining_) return Refuse(request, absl::AbortedError("this worker is draining"));
   if (absl::Status status = CheckRequest(request, limits_); !status.ok()) {
     return Refuse(request, std::move(status));
   }

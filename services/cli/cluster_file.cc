@@ -22,6 +22,12 @@ absl::StatusOr<SavedCluster> ParseClusterFile(absl::string_view json) {
   }
   saved.gateway = *gateway->AsString();
   saved.controller = *controller->AsString();
+  if (const model::JsonValue* replicas = root.Find("replicas")) {
+    if (replicas->AsUint() == nullptr || *replicas->AsUint() < 1 || *replicas->AsUint() > 64) {
+      return absl::InvalidArgumentError("replicas: not a number from 1 to 64");
+    }
+    saved.replicas = static_cast<int>(*replicas->AsUint());
+  }
   for (const model::JsonValue& item : *list->AsArray()) {
     const model::JsonValue* name = item.Find("name");
     const model::JsonValue* pid = item.Find("pid");
@@ -39,6 +45,7 @@ std::string WriteClusterFile(const SavedCluster& cluster) {
   nlohmann::json json;
   json["gateway"] = cluster.gateway;
   json["controller"] = cluster.controller;
+  json["replicas"] = cluster.replicas;
   json["processes"] = nlohmann::json::array();
   for (const SavedProcess& process : cluster.processes) {
     json["processes"].push_back({{"name", process.name}, {"pid", process.pid}});

@@ -22,6 +22,7 @@ struct SavedProcess {
 struct SavedCluster {
   std::string gateway;  // addresses
   std::string controller;
+  int replicas = 1;  // of each expert
   std::vector<SavedProcess> processes;
   friend bool operator==(const SavedCluster&, const SavedCluster&) = default;
 };

@@ -27,22 +27,68 @@ RequestLimits LimitsOf(const ModelHost& host) {
 
 // How long to wait for a gateway to come back before asking whether to go on waiting.
 constexpr std::chrono::milliseconds kConnectPatience(200);
-constexpr std::chrono::milliseconds kFirstConnection(2000);
+constexpr std::chrono::milliseconds kFirstConnection(500);
+constexpr std::chrono::seconds kLongerThanConnecting(6);
 
-// Between two calls to a gateway that went away.
-class ReconnectPause {
+// Whether, and when, to make a call again whose gateway went away.
+class Reconnection {
  public:
-  void Reset() { back_off_ = std::chrono::milliseconds(0); }
-  // A channel moves on only while somebody waits for it. A gateway that is there and refuses (it
-  // drains) is not asked without a pause, nor by all clients in step.
-  void Wait(grpc::Channel& channel) {
-    if (channel.WaitForConnected(std::chrono::system_clock::now() + kConnectPatience)) {
+  // `window`: how long to try since a gateway was last there; 0: not at all. `deadline_ms` of the
+  // request; 0: none.
+  Reconnection(grpc::Channel& channel, std::chrono::seconds window, int64_t deadline_ms)
+      : channel_(channel), window_(window), deadline_ms_(deadline_ms) {
+    // Where no gateway is, the first call says so.
+    seen_ = channel.WaitForConnected(std::chrono::system_clock::now() + kFirstConnection);
+  }
+
+  void BeginCall() { call_began_ = steady_clock::now(); }
+  void Contact() {
+    seen_ = true;
+    lost_ = false;
+    back_off_ = std::chrono::milliseconds(0);
+  }
+  // What is left of the deadline; 0: there is none.
+  int64_t RemainingMs() const {
+    if (deadline_ms_ <= 0) return 0;
+    return std::max<int64_t>(deadline_ms_ - Spent().count(), 1);
+  }
+
+  // The call has ended with `status`. True after a pause, if it is worth making again. `begun`: the
+  // stream has tokens, so the gateways owe the rest of it.
+  bool Again(const absl::Status& status, const grpc::ClientContext& context, bool begun) {
+    const bool waited = context.GetServerTrailingMetadata().count(kWaitedMetadata) > 0;
+    const bool worth = (absl::IsUnavailable(status) && (begun || !waited)) ||
+                       (absl::IsResourceExhausted(status) && begun);
+    if (!seen_ || !worth || window_.count() == 0) return false;
+    if (deadline_ms_ > 0 && Spent().count() >= deadline_ms_) return false;
+    const auto now = steady_clock::now();
+    // One that lasted had somebody at the other end.
+    if (!lost_ || now - call_began_ > kLongerThanConnecting) lost_since_ = now;
+    lost_ = true;
+    if (now - lost_since_ > window_) return false;
+    // A channel moves on only while somebody waits for it. A gateway that is there and refuses (it
+    // drains) is not asked without a pause, nor by all clients in step.
+    if (channel_.WaitForConnected(std::chrono::system_clock::now() + kConnectPatience)) {
       std::this_thread::sleep_for(back_off_ * (dice_() % 100) / 100);
     }
     back_off_ = std::clamp(back_off_ * 2, std::chrono::milliseconds(20), kConnectPatience);
+    return true;
   }
 
  private:
+  using steady_clock = std::chrono::steady_clock;
+  std::chrono::milliseconds Spent() const {
+    return std::chrono::duration_cast<std::chrono::milliseconds>(steady_clock::now() - began_);
+  }
+
+  grpc::Channel& channel_;
+  const std::chrono::seconds window_;
+  const int64_t deadline_ms_;
+  const steady_clock::time_point began_ = steady_clock::now();
+  steady_clock::time_point call_began_;
+  bool seen_;
+  bool lost_ = false;
+  steady_clock::time_point lost_since_;
   std::chrono::milliseconds back_off_{0};
   std::minstd_rand dice_{std::random_device{}()};
 };
@@ -76,23 +122,20 @@ absl::Status GenerationClient::Generate(
     const std::function<void(const v1::GenerateEvent&)>& on_event,
     const std::function<bool()>& stop) {
   if (local_ != nullptr) return GenerateLocally(request, on_event, stop);
-  using std::chrono::steady_clock;
   v1::GenerateRequest present = request;
-  const auto begin = steady_clock::now();
-  auto news = begin;  // when something last came
-  bool accepted = false;
   v1::FinishReason finish = v1::FINISH_REASON_UNSPECIFIED;
-  ReconnectPause pause;
+  Reconnection reconnection(*channel_, reconnect_, request.deadline_ms());
   while (true) {
     grpc::ClientContext context;
+    present.set_deadline_ms(reconnection.RemainingMs());
     SetDeadline(context, present.deadline_ms());
+    reconnection.BeginCall();
     auto reader = stub_->Generate(&context, present);
     v1::GenerateEvent event;
     bool stopped = false;
     bool disorder = false;
     while (!disorder && reader->Read(&event)) {
-      news = steady_clock::now();
-      pause.Reset();
+      reconnection.Contact();
       v1::Resume& resume = *present.mutable_resume();
       // A gateway that does not know how to go on begins anew: nothing is shown twice.
       disorder = event.token_index() != static_cast<uint64_t>(resume.token_ids_size());
@@ -118,19 +161,8 @@ absl::Status GenerationClient::Generate(
       return absl::OkStatus();
     }
     if (finish != v1::FINISH_REASON_UNSPECIFIED) return status;
-    // Whoever never accepted the request may not be there at all: that is for the caller to know.
-    accepted = accepted || context.GetServerInitialMetadata().count(kAcceptedMetadata) > 0;
-    // One that was accepted once is not given up because others were quicker at the next gateway.
-    const bool again = absl::IsUnavailable(status) || absl::IsResourceExhausted(status);
-    if (!again || stopped || !accepted) return status;
-    if (steady_clock::now() - news > reconnect_) return status;
-    if (request.deadline_ms() > 0) {
-      const auto spent =
-          std::chrono::duration_cast<std::chrono::milliseconds>(steady_clock::now() - begin);
-      if (spent.count() >= request.deadline_ms()) return status;
-      present.set_deadline_ms(request.deadline_ms() - spent.count());
-    }
-    pause.Wait(*channel_);
+    const bool begun = present.resume().token_ids_size() > 0;
+    if (stopped || !reconnection.Again(status, context, begun)) return status;
     if (stop && stop()) return absl::CancelledError("cancelled");
   }
 }
@@ -180,19 +212,17 @@ absl::Status GenerationClient::GenerateLocally(
 absl::StatusOr<v1::ScoreReply> GenerationClient::Score(const v1::ScoreRequest& request) {
   v1::ScoreReply reply;
   if (local_ == nullptr) {
-    // It may be asked as often as one likes. Where no gateway is, the first call says so.
-    const bool was_there =
-        channel_->WaitForConnected(std::chrono::system_clock::now() + kFirstConnection);
-    const auto until = std::chrono::steady_clock::now() + reconnect_;
-    ReconnectPause pause;
+    // It may be asked as often as one likes.
+    v1::ScoreRequest present = request;
+    Reconnection reconnection(*channel_, reconnect_, request.deadline_ms());
     while (true) {
       grpc::ClientContext context;
-      SetDeadline(context, request.deadline_ms());
-      const absl::Status status = FromGrpc(stub_->Score(&context, request, &reply));
+      present.set_deadline_ms(reconnection.RemainingMs());
+      SetDeadline(context, present.deadline_ms());
+      reconnection.BeginCall();
+      const absl::Status status = FromGrpc(stub_->Score(&context, present, &reply));
       if (status.ok()) return reply;
-      if (!absl::IsUnavailable(status) || !was_there) return status;
-      if (std::chrono::steady_clock::now() >= until) return status;
-      pause.Wait(*channel_);
+      if (!reconnection.Again(status, context, /*begun=*/false)) return status;
     }
   }
   const ModelHost& host = local_->host();

@@ -144,7 +144,7 @@ void LocalCluster::Describe(const std::string& controller_listen, const std::str
   };
   add("controller", "controller",
       {"--listen", controller_listen, "--expected-experts", absl::StrCat(experts_), "--replicas",
-       absl::StrCat(options_.replicas)});
+       absl::StrCat(replicas_)});
   std::vector<std::string> gateway{"--listen", options_.listen, "--controller", controller};
   if (options_.credentials.insecure) gateway.push_back("--insecure");
   add("gateway", "gateway", std::move(gateway));
@@ -173,12 +173,14 @@ absl::Status LocalCluster::Adopt(const SavedCluster& saved) {
     attention_ += absl::StartsWith(process.name, "attention-") ? 1 : 0;
     experts_ += absl::StartsWith(process.name, "expert-") ? 1 : 0;
   }
+  replicas_ = saved.replicas;
   // Workers more or less would be nobody's: neither supervised nor ended.
   if (options_.attention.value_or(attention_) != attention_ ||
-      options_.experts.value_or(experts_) != experts_) {
+      options_.experts.value_or(experts_) != experts_ ||
+      options_.replicas.value_or(replicas_) != replicas_) {
     return absl::FailedPreconditionError(absl::StrCat(
         "the cluster at ", saved.gateway, " has --attention ", attention_, " --experts ", experts_,
-        ": adopt it with these or without the flags, or stop it first"));
+        " --replicas ", replicas_, ": adopt it with these or without the flags, or stop it first"));
   }
   // Without its credentials we could neither ask it nor restart a part of it.
   const bool speaks_tls =
@@ -226,6 +228,7 @@ void LocalCluster::EndUnfinished(const SavedCluster& saved) {
 absl::Status LocalCluster::LaunchAll() {
   attention_ = options_.attention.value_or(1);
   experts_ = options_.experts.value_or(2);
+  replicas_ = options_.replicas.value_or(1);
   // The controller's address is known only once it listens; its restarts then keep it.
   Describe("127.0.0.1:0", "");
   for (Process& process : processes_) {
@@ -328,7 +331,7 @@ absl::StatusOr<std::string> LocalCluster::AwaitAddress(Process& process,
 }
 
 absl::Status LocalCluster::Save() const {
-  SavedCluster saved{gateway_address_, controller_address_, {}};
+  SavedCluster saved{gateway_address_, controller_address_, replicas_, {}};
   for (const Process& process : processes_) saved.processes.push_back({process.name, process.pid});
   return model::ReplaceFile(PathOf("cluster.json"), WriteClusterFile(saved));
 }

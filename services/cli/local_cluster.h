@@ -29,6 +29,7 @@ struct LocalClusterOptions {
   std::string model;
   std::optional<int> attention;           // workers; unset: 1, or as many as an adopted cluster has
   std::optional<int> experts;             // likewise, 2
+  std::optional<int> replicas;            // of each expert; likewise, 1
   std::string listen = "127.0.0.1:8700";  // of the gateway
   // TLS files for all processes; `insecure` for the gateway, which alone may listen beyond
   // loopback.
@@ -36,7 +37,6 @@ struct LocalClusterOptions {
   std::string binaries;   // folder of the service binaries; empty: this program's own
   std::string state_dir;  // empty: below the user's state directory, by address
   bool adopt = false;     // take over a running cluster instead of refusing
-  int replicas = 1;       // of each expert
   int threads = 1;
   int prefill_chunk = 128;
   int num_blocks = 256;
@@ -111,6 +111,7 @@ class LocalCluster {
   UniqueFd lock_;
   int attention_ = 0;
   int experts_ = 0;
+  int replicas_ = 1;
   bool adopted_ = false;
   std::string binaries_;
   std::string controller_address_;

@@ -26,6 +26,12 @@ absl::Status ClusterState::Renew(const WorkerRecord& report, int64_t now_ms) {
     ++version_;
   }
   if (reborn || worker.leaving != report.leaving) changed_at_ms_ = now_ms;
+  if (reborn && report.role == WorkerRole::kExpert) {
+    // Whatever was planned with it is no longer in force there, even if it is the same incarnation
+    // that was away for a lease.
+    planned_for_.clear();
+    plan_pending_ = false;
+  }
   const uint64_t operation = reborn ? 0 : worker.operation;
   WorkerShare share = reborn ? WorkerShare() : worker.share;
   worker = report;
@@ -93,7 +99,7 @@ bool ClusterState::Tick(int64_t now_ms) {
         std::all_of(planned_for_.begin(), planned_for_.end(), [&](const auto& entry) {
           const WorkerRecord* worker = Find(entry.first);
           return worker != nullptr && worker->incarnation == entry.second &&
-                 worker->operation_done >= worker->operation;
+                 worker->operation != 0 && worker->operation_done >= worker->operation;
         });
     if (all_done) {
       published_.clear();
@@ -117,6 +123,7 @@ bool ClusterState::complete() const {
     for (const PublishedHost& host : published_) {
       const WorkerRecord* worker = Find(host.node);
       if (worker == nullptr || worker->incarnation != host.incarnation) continue;
+      if (layer >= host.share.experts.size()) continue;
       for (const uint32_t expert : host.share.experts[layer]) hosted[expert] = true;
     }
     if (std::find(hosted.begin(), hosted.end(), false) != hosted.end()) return false;

@@ -17,9 +17,10 @@
 
 namespace moebius::services {
 
-// Initial metadata of a Generate call that some worker has taken in: whatever ends the call now,
-// the request may be sent again with what has been received of it (v1::Resume).
-inline constexpr char kAcceptedMetadata[] = "moebius-accepted";
+// Trailing metadata of a call that ends with UNAVAILABLE because the gateway has waited for a
+// worker in vain: to ask again at once would be in vain as well. Without it the gateway itself went
+// away, and the request may be sent again, with what has been received of it (v1::Resume).
+inline constexpr char kWaitedMetadata[] = "moebius-waited";
 
 class ClientEvents {
  public:

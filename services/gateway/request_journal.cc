@@ -11,25 +11,25 @@ namespace {
 bool IsFinal(const absl::Status& status, bool ever_aboard) {
   switch (status.code()) {
     case absl::StatusCode::kInvalidArgument:
-    case absl::StatusCode::kOutOfRange:
     case absl::StatusCode::kFailedPrecondition:
     case absl::StatusCode::kDeadlineExceeded:
     case absl::StatusCode::kCancelled:
       return true;
+    case absl::StatusCode::kOutOfRange:
     case absl::StatusCode::kResourceExhausted:
-      // A new request may be refused by a full worker. One whose stream has begun waits instead.
+      // A new request may be refused by a worker that is full, or too small for it. One whose
+      // stream has begun waits for another.
       return !ever_aboard;
     default:
       return false;
   }
 }
 
-// The worker lives, and says that it will not go on: it is full, or it drains.
-bool IsRefusal(const absl::Status& status) {
-  return absl::IsResourceExhausted(status) || absl::IsAborted(status);
-}
-
 }  // namespace
+
+bool RequestJournal::IsRefusal(const absl::Status& status) {
+  return absl::IsResourceExhausted(status) || absl::IsOutOfRange(status) || absl::IsAborted(status);
+}
 
 void RequestJournal::BeginAttempt() {
   ++attempts_;
@@ -52,9 +52,10 @@ absl::Status RequestJournal::Record(uint64_t index, TokenId token, bool last) {
 }
 
 absl::Status RequestJournal::AttemptEnded(const absl::Status& status) {
-  ever_aboard_ = ever_aboard_ || aboard_;
   if (IsFinal(status, ever_aboard_)) return status;
-  if (!aboard_ || IsRefusal(status)) return absl::OkStatus();
+  if (IsRefusal(status)) aboard_ = false;
+  if (!aboard_) return absl::OkStatus();
+  ever_aboard_ = true;
   aboard_ = false;
   if (++deaths_ < kMostDeaths) return absl::OkStatus();
   return absl::InternalError(absl::StrCat(

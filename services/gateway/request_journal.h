@@ -39,6 +39,10 @@ class RequestJournal {
   // Some worker has had it: it waits for another one as long as it may.
   bool aboard_once() const { return ever_aboard_ || aboard_; }
 
+  // The worker lives and says that it will not have the request (any more): it is full, too small
+  // for it, or going.
+  static bool IsRefusal(const absl::Status& status);
+
   void BeginAttempt();
 
   // The present attempt's worker has taken the request in: if it dies now, that may be the

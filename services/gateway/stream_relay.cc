@@ -20,8 +20,8 @@ constexpr std::chrono::seconds kDeadlineGrace(2);
 // Another arithmetic is better than none, but not than a worker that is being restarted, or whose
 // death the controller has not noticed yet.
 constexpr std::chrono::seconds kClassPatience(3);
-// A stream that has begun asks a worker that is full again so soon.
-constexpr milliseconds kFullWorkerPause(100);
+// After a refusal (a full worker, one that drains) it is asked again, or another, so soon.
+constexpr milliseconds kRefusedPause(50);
 
 }  // namespace
 
@@ -102,8 +102,9 @@ grpc::Status StreamRelay::Run(RequestJournal& journal,
                             [this] { return client_.IsCancelled(); });
     if (!hold.ok()) {
       if (absl::IsCancelled(hold.status())) return ToGrpc(hold.status());
-      return ToGrpc(steady_clock::now() >= deadline_ ? DeadlineStatus()
-                                                     : absl::UnavailableError(last));
+      if (steady_clock::now() >= deadline_) return ToGrpc(DeadlineStatus());
+      client_.AddTrailingMetadata(kWaitedMetadata, "1");
+      return ToGrpc(absl::UnavailableError(last));
     }
     if (numerics_class_.empty()) numerics_class_ = (*hold)->numerics_class();
     if (!inexact_ && (*hold)->numerics_class() != numerics_class_) {
@@ -127,9 +128,10 @@ grpc::Status StreamRelay::Run(RequestJournal& journal,
       return ToGrpc(verdict);
     }
     const auto now = steady_clock::now();
-    if (absl::IsResourceExhausted(ended)) {
-      // It is there, only full: others need not be kept from it.
-      wish.not_before = now + kFullWorkerPause;
+    if (RequestJournal::IsRefusal(ended)) {
+      // It is there: others need not be kept from it.
+      wish.refused_by = (*hold)->node();
+      wish.not_before = now + kRefusedPause;
     } else {
       (*hold)->Failed();
     }
@@ -177,12 +179,6 @@ absl::Status StreamRelay::GenerateOnce(Hold& hold, RequestJournal& journal,
   bool counted = journal.attempts() == 1;
   absl::Status disorder;
   while (call.Read(*reader, token, hold, journal)) {
-    if (!accepted_) {
-      // The client knows from here on that asking again would be going on.
-      accepted_ = true;
-      client_.AddInitialMetadata(kAcceptedMetadata, "1");
-      writer.SendInitialMetadata();
-    }
     if (!counted) {
       counted = true;
       ++parts_.counters.requests_replayed;

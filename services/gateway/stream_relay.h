@@ -78,7 +78,6 @@ class StreamRelay {
   std::string told_class_;      // by the last event that named one
   bool inexact_ = false;
   bool answered_ = false;  // the present attempt's worker has
-  bool accepted_ = false;  // and the client knows it
   bool client_gone_ = false;
 };
 

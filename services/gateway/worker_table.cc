@@ -14,6 +14,8 @@ using std::chrono::steady_clock;
 
 constexpr milliseconds kFirstBackOff(50);
 constexpr milliseconds kLongestBackOff(1000);
+// A probe has ended by then: a worker that says nothing is given up earlier.
+constexpr milliseconds kProbeTime(3000);
 // How late a cancellation is noticed while nothing else happens.
 constexpr milliseconds kCancelPoll(100);
 
@@ -24,6 +26,8 @@ WorkerTable::Hold::~Hold() {
   std::lock_guard<std::mutex> lock(table_.mutex_);
   const auto it = table_.workers_.find(node_);
   if (it == table_.workers_.end()) return;
+  // A probe that ended without a word leaves the next one to others.
+  if (probe_ && it->second.incarnation == incarnation_) it->second.not_before = TimePoint();
   --it->second.held;
   if (it->second.held == 0 && !it->second.ready) table_.workers_.erase(it);
 }
@@ -31,6 +35,7 @@ WorkerTable::Hold::~Hold() {
 void WorkerTable::Hold::Answered() {
   if (answered_) return;
   answered_ = true;
+  probe_ = false;
   std::lock_guard<std::mutex> lock(table_.mutex_);
   const auto it = table_.workers_.find(node_);
   if (it == table_.workers_.end() || it->second.incarnation != incarnation_) return;
@@ -107,9 +112,11 @@ WorkerTable::Workers::iterator WorkerTable::Choose(const Wish& wish, TimePoint n
   });
   const bool any_class = !own_left && now >= wish.any_class_from;
   auto best = workers_.end();
-  // Rather of the own class, then without a suspect, then with few aboard.
-  const auto rank = [&](const Worker& worker) {
-    return std::make_tuple(!own(worker), worker.suspect, worker.held);
+  // Rather of the own class, then one that has not refused it, without a suspect, with few aboard.
+  const auto rank = [&](const Workers::value_type& entry) {
+    const Worker& worker = entry.second;
+    return std::make_tuple(!own(worker), entry.first == wish.refused_by, worker.suspect,
+                           worker.held);
   };
   for (auto it = workers_.begin(); it != workers_.end(); ++it) {
     const Worker& worker = it->second;
@@ -119,7 +126,7 @@ WorkerTable::Workers::iterator WorkerTable::Choose(const Wish& wish, TimePoint n
       wake = std::min(wake, worker.not_before);
       continue;
     }
-    if (best == workers_.end() || rank(worker) < rank(best->second)) best = it;
+    if (best == workers_.end() || rank(*it) < rank(*best)) best = it;
   }
   return best;
 }
@@ -137,7 +144,7 @@ absl::StatusOr<std::unique_ptr<WorkerTable::Hold>> WorkerTable::Take(
         ++worker.held;
         worker.suspect = worker.suspect || wish.suspect;
         const bool probe = worker.back_off != milliseconds(0);
-        if (probe) worker.not_before = now + kLongestBackOff;  // or until it answers
+        if (probe) worker.not_before = now + kProbeTime;  // or until it answers
         return std::unique_ptr<Hold>(new Hold(*this, it->first, worker.incarnation, worker.stub,
                                               worker.numerics_class, wish.suspect, probe));
       }

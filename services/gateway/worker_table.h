@@ -84,7 +84,8 @@ class WorkerTable {
     // is ready, or those that are have failed for long. Empty: any.
     std::string numerics_class;
     TimePoint any_class_from;
-    TimePoint not_before;  // the request itself is put off until then
+    TimePoint not_before;     // the request itself is put off until then
+    uint64_t refused_by = 0;  // the node that would not have it: rather any other
     bool suspect = false;
   };
   // Waits for a worker: UNAVAILABLE at `until`; CANCELLED soon after `cancelled` says so.

@@ -297,7 +297,7 @@ TEST(AttentionActorTest, DrainFinishesWhatIsAboardAndRefusesTheRest) {
   h.node_.RunUntilIdle();
   EXPECT_EQ(drained, 2);
   EXPECT_EQ(h.streams_[2].finish, FinishReason::kError);
-  EXPECT_EQ(h.streams_[2].status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(h.streams_[2].status.code(), absl::StatusCode::kAborted);
   h.ExpectExact();
   h.node_.Post(Drain{[&] { ++drained; }});  // nothing aboard: at once
   ASSERT_TRUE(h.node_.Step());
@@ -583,7 +583,7 @@ TEST(AttentionActorTest, ABackendErrorEndsEverythingAboard) {
     EXPECT_EQ(h.node_.pool().in_use(), 0u);
     h.node_.Post(h.Request(3, 20, 20));
     h.node_.RunUntilIdle();
-    EXPECT_EQ(h.streams_[3].status.code(), absl::StatusCode::kInternal);
+    EXPECT_EQ(h.streams_[3].status.code(), absl::StatusCode::kAborted);
     ASSERT_EQ(told.size(), 1u) << "once, whatever comes after";
     EXPECT_EQ(told[0].message(), "device lost");
   }

@@ -9,7 +9,7 @@ namespace {
 
 TEST(ClusterFile, ReadsWhatItWrote) {
   const SavedCluster cluster{
-      "127.0.0.1:8700", "127.0.0.1:1", {{"controller", 12}, {"expert-1", 0}}};
+      "127.0.0.1:8700", "127.0.0.1:1", 2, {{"controller", 12}, {"expert-1", 0}}};
   const auto again = ParseClusterFile(WriteClusterFile(cluster));
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_EQ(*again, cluster);
@@ -20,6 +20,9 @@ TEST(ClusterFile, RefusesEverythingElse) {
        {"", "[]", "{}", R"({"gateway":"g","controller":"c"})",
         R"({"gateway":1,"controller":"c","processes":[]})",
         R"({"gateway":"g","controller":"c","processes":{}})",
+        R"({"gateway":"g","controller":"c","replicas":0,"processes":[]})",
+        R"({"gateway":"g","controller":"c","replicas":65,"processes":[]})",
+        R"({"gateway":"g","controller":"c","replicas":"2","processes":[]})",
         R"({"gateway":"g","controller":"c","processes":["x"]})",
         R"({"gateway":"g","controller":"c","processes":[{"name":"x"}]})",
         R"({"gateway":"g","controller":"c","processes":[{"name":"x","pid":-1}]})",

@@ -113,6 +113,51 @@ TEST(ClusterState, WithReplicasItIsCompleteWithoutOneOfThem) {
   EXPECT_TRUE(state.complete());
 }
 
+// Stopped for longer than its lease while the others load, then back as the same incarnation: it
+// has lost its order, and nothing may be published as if it had carried it out.
+TEST(ClusterState, AWorkerThatWasAwayForALeaseIsGivenItsOrderAgain) {
+  ClusterState state(Options(3));
+  for (uint64_t node : {1, 2, 3}) ASSERT_TRUE(state.Renew(Expert(node), 0).ok());
+  state.Tick(1);
+  ASSERT_NE(state.Find(3)->operation, 0u);
+  for (int64_t now = 1000; now <= 4000; now += 1000) {
+    for (uint64_t node : {1, 2}) ASSERT_TRUE(state.Renew(Expert(node), now).ok());
+    state.Tick(now);
+  }
+  ASSERT_EQ(state.Find(3), nullptr);
+  ASSERT_TRUE(state.Renew(Expert(3), 4100).ok());
+  for (uint64_t node : {1, 2}) RenewDone(state, Expert(node), 4100);
+  state.Tick(4101);
+  EXPECT_EQ(state.epoch(), 0u) << "the third has loaded nothing";
+  EXPECT_FALSE(state.complete());
+  state.Tick(4500);
+  EXPECT_NE(state.Find(3)->operation, 0u);
+  for (uint64_t node : {1, 2, 3}) RenewDone(state, Expert(node), 4600);
+  state.Tick(4601);
+  EXPECT_EQ(state.epoch(), 1u);
+  EXPECT_TRUE(state.complete());
+}
+
+// The controller itself was stopped: every lease has lapsed when it goes on, a plan was pending.
+TEST(ClusterState, APauseOfTheControllerPublishesNothingThatIsNotHosted) {
+  ClusterState state = Ready();
+  ASSERT_TRUE(state.Renew(Expert(2, /*incarnation=*/2), 100).ok());
+  state.Tick(500);  // planned for the new incarnation, not carried out
+  const uint64_t epoch = state.epoch();
+  state.Tick(10'000);
+  ASSERT_EQ(state.Find(1), nullptr);
+  ASSERT_TRUE(state.Renew(Expert(1), 10'001).ok());
+  ASSERT_TRUE(state.Renew(Expert(2, 2), 10'001).ok());
+  state.Tick(10'002);
+  EXPECT_EQ(state.epoch(), epoch);
+  state.Tick(10'500);
+  RenewDone(state, Expert(1), 10'501);
+  RenewDone(state, Expert(2, 2), 10'501);
+  state.Tick(10'502);
+  EXPECT_EQ(state.epoch(), epoch + 1);
+  EXPECT_TRUE(state.complete());
+}
+
 TEST(ClusterState, ALaterControllersEpochsAreNewer) {
   ClusterOptions options = Options(1);
   options.first_epoch = 1000;

@@ -61,6 +61,7 @@ TEST(RequestJournal, AFullWorkerRefusesNewRequestsButEndsNoStream) {
   const absl::Status full = absl::ResourceExhaustedError("too many requests are waiting");
   RequestJournal fresh;
   fresh.BeginAttempt();
+  fresh.TakenAboard();  // its beat comes before its answer
   EXPECT_EQ(fresh.AttemptEnded(full), full);
   RequestJournal begun;
   begun.BeginAttempt();
@@ -98,7 +99,8 @@ TEST(RequestJournal, ThreeDeathsAboardWithoutATokenAreItsOwnFault) {
 
 TEST(RequestJournal, AWorkerThatDrainsOrIsFullHasNotDied) {
   for (const absl::Status& status : {absl::AbortedError("this worker is going"),
-                                     absl::ResourceExhaustedError("too many are waiting")}) {
+                                     absl::ResourceExhaustedError("too many are waiting"),
+                                     absl::OutOfRangeError("its cache is smaller")}) {
     RequestJournal journal({1});
     for (int attempt = 0; attempt < 10; ++attempt) {
       journal.BeginAttempt();
@@ -107,6 +109,15 @@ TEST(RequestJournal, AWorkerThatDrainsOrIsFullHasNotDied) {
     }
     EXPECT_EQ(journal.deaths(), 0);
   }
+}
+
+TEST(RequestJournal, ANewRequestThatWasOnlyRefusedHasNotBegun) {
+  RequestJournal journal;
+  journal.BeginAttempt();
+  journal.TakenAboard();
+  EXPECT_TRUE(journal.AttemptEnded(absl::AbortedError("this worker is draining")).ok());
+  EXPECT_FALSE(journal.aboard_once());
+  EXPECT_EQ(journal.deaths(), 0);
 }
 
 TEST(RequestJournal, ProgressClearsWithoutATokenToo) {

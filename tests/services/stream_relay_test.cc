@@ -388,7 +388,8 @@ TEST_F(StreamRelayTest, ARefusalOfTheRequestIsPassedOn) {
         grpc::StatusCode::RESOURCE_EXHAUSTED, grpc::StatusCode::CANCELLED}) {
     SCOPED_TRACE(code);
     ScriptedWorker& worker =
-        OnlyWorker({[code](grpc::ServerContext&, const v1::ResolvedRequest&, Writer&) {
+        OnlyWorker({[code](grpc::ServerContext&, const v1::ResolvedRequest&, Writer& writer) {
+          writer.Write(Beat());  // as every worker does before it looks at a request
           return grpc::Status(code, "max_tokens: too much");
         }});
     const Stream stream = Generate(Request());
@@ -396,6 +397,15 @@ TEST_F(StreamRelayTest, ARefusalOfTheRequestIsPassedOn) {
     EXPECT_EQ(stream.status.error_message(), "max_tokens: too much");
     EXPECT_EQ(worker.requests().size(), 1u);
   }
+}
+
+TEST_F(StreamRelayTest, AWorkerThatDrainsIsNoDeath) {
+  const auto drains = [](grpc::ServerContext&, const v1::ResolvedRequest&, Writer& writer) {
+    writer.Write(Beat());
+    return grpc::Status(grpc::StatusCode::ABORTED, "this worker is draining");
+  };
+  Worker({drains, drains, drains, drains, drains, Whole});
+  ExpectWhole(Generate(Request()));
 }
 
 TEST_F(StreamRelayTest, AFullWorkerEndsNoStreamThatHasBegun) {

@@ -160,6 +160,28 @@ TEST_F(WorkerTableTest, OneThatFailedIsTriedByOneRequest) {
   EXPECT_NE(TakeNow(), nullptr);
 }
 
+TEST_F(WorkerTableTest, AProbeWithoutAnEndLeavesTheNextToOthers) {
+  table_.OnView(ViewOf({MakeWorker(1, 1)}));
+  TakeNow()->Failed();
+  {
+    auto probe = table_.Take({}, steady_clock::now() + seconds(60), [] { return false; });
+  }
+  EXPECT_NE(TakeNow(), nullptr) << "its client went away";
+}
+
+TEST_F(WorkerTableTest, RatherAnotherThanTheOneThatRefused) {
+  table_.OnView(ViewOf({MakeWorker(1, 1), MakeWorker(2, 1)}));
+  std::vector<std::unique_ptr<Hold>> aboard;
+  WorkerTable::Wish wish;
+  wish.refused_by = 1;
+  for (int i = 0; i < 3; ++i) {
+    aboard.push_back(TakeNow(wish));
+    EXPECT_EQ(aboard.back()->node(), 2u) << "though it has more aboard";
+  }
+  table_.OnView(ViewOf({MakeWorker(1, 1)}));
+  EXPECT_EQ(TakeNow(wish)->node(), 1u) << "better than nobody";
+}
+
 TEST_F(WorkerTableTest, ARequestMayBePutOffItself) {
   table_.OnView(ViewOf({MakeWorker(1, 1)}));
   WorkerTable::Wish wish;
