@@ -63,8 +63,8 @@ struct Exclusion {
 };
 
 // Reading an expert's weights costs as much as so many rows. Of the grouped FFN's own cost it is
-// 260 and more on an H200 (docs/kernels-cuda.md: 1 against 64 and 128 rows an expert) and a few on
-// a CPU.
+// 260 and more on an H200 (from the times of 1, 64 and 128 rows an expert, docs/kernels-cuda.md); a
+// CPU, not measured for this, has less of memory and much less of arithmetic.
 inline constexpr uint64_t kWeightsInRows = 32;
 
 // Memory of PlanDispatch between calls: after the first ones it allocates nothing.

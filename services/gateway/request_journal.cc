@@ -8,7 +8,7 @@ namespace {
 // Another worker would say the same, or the client is the reason (CANCELLED: it does not read what
 // the worker sends). Codes that speak of the call and not of the request are no end: a port may be
 // somebody else's by now, a certificate in the middle of its replacement.
-bool IsFinal(const absl::Status& status, bool ever_aboard) {
+bool IsFinal(const absl::Status& status, bool ever_aboard, bool aboard_here) {
   switch (status.code()) {
     case absl::StatusCode::kInvalidArgument:
     case absl::StatusCode::kFailedPrecondition:
@@ -16,9 +16,11 @@ bool IsFinal(const absl::Status& status, bool ever_aboard) {
     case absl::StatusCode::kCancelled:
       return true;
     case absl::StatusCode::kOutOfRange:
+      // Too long for this worker's cache. One that has fitted into another's waits for such a one;
+      // a client's word that it has begun somewhere proves nothing.
+      return !aboard_here;
     case absl::StatusCode::kResourceExhausted:
-      // A new request may be refused by a worker that is full, or too small for it. One whose
-      // stream has begun waits for another.
+      // A new request may be refused by a full worker. One whose stream has begun waits.
       return !ever_aboard;
     default:
       return false;
@@ -42,7 +44,7 @@ absl::Status RequestJournal::Record(uint64_t index, TokenId token, bool last) {
                                             generated_.size(),
                                             finished_ ? " after the end" : " is the next"));
   }
-  aboard_ = ever_aboard_ = true;
+  aboard_ = ever_aboard_ = aboard_here_ = true;
   if (token >= 0) {
     generated_.push_back(token);
     deaths_ = 0;
@@ -52,10 +54,10 @@ absl::Status RequestJournal::Record(uint64_t index, TokenId token, bool last) {
 }
 
 absl::Status RequestJournal::AttemptEnded(const absl::Status& status) {
-  if (IsFinal(status, ever_aboard_)) return status;
+  if (IsFinal(status, ever_aboard_, aboard_here_)) return status;
   if (IsRefusal(status)) aboard_ = false;
   if (!aboard_) return absl::OkStatus();
-  ever_aboard_ = true;
+  ever_aboard_ = aboard_here_ = true;
   aboard_ = false;
   if (++deaths_ < kMostDeaths) return absl::OkStatus();
   return absl::InternalError(absl::StrCat(

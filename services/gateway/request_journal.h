@@ -6,9 +6,9 @@
 //
 // It also decides how an attempt's end is taken: by the client, or as a reason for another attempt.
 // A request that kills workers must not kill all of them: after kMostDeaths deaths aboard with no
-// new token in between it fails by itself. From one before that on it is a suspect, and suspects
-// are best tried one at a time, so that the innocent ones that died with it make a token and are
-// free of the suspicion.
+// new token in between it fails by itself. From one before that on it is a suspect, and a suspect
+// is best tried on a worker that no other suspect has, so that the innocent ones that died with it
+// make a token and are free of the suspicion.
 //
 // A plain state machine, without clocks, threads or gRPC: the simulator runs it too. Not
 // thread-safe.
@@ -64,7 +64,8 @@ class RequestJournal {
   std::vector<TokenId> generated_;
   uint32_t attempts_ = 0;
   bool aboard_ = false;
-  bool ever_aboard_;
+  bool ever_aboard_;          // here, or, for a stream that has tokens, elsewhere
+  bool aboard_here_ = false;  // some worker has taken it in for this journal
   bool finished_ = false;
   int deaths_ = 0;  // aboard, since the last token
 };

@@ -99,8 +99,7 @@ TEST(RequestJournal, ThreeDeathsAboardWithoutATokenAreItsOwnFault) {
 
 TEST(RequestJournal, AWorkerThatDrainsOrIsFullHasNotDied) {
   for (const absl::Status& status : {absl::AbortedError("this worker is going"),
-                                     absl::ResourceExhaustedError("too many are waiting"),
-                                     absl::OutOfRangeError("its cache is smaller")}) {
+                                     absl::ResourceExhaustedError("too many are waiting")}) {
     RequestJournal journal({1});
     for (int attempt = 0; attempt < 10; ++attempt) {
       journal.BeginAttempt();
@@ -108,6 +107,26 @@ TEST(RequestJournal, AWorkerThatDrainsOrIsFullHasNotDied) {
       EXPECT_TRUE(journal.AttemptEnded(status).ok());
     }
     EXPECT_EQ(journal.deaths(), 0);
+  }
+}
+
+TEST(RequestJournal, WhatNeverFittedHereIsRefusedWhateverTheClientHas) {
+  RequestJournal journal({1, 2, 3});
+  journal.BeginAttempt();
+  journal.TakenAboard();
+  EXPECT_EQ(journal.AttemptEnded(absl::OutOfRangeError("max_tokens: too many")).code(),
+            absl::StatusCode::kOutOfRange);
+}
+
+TEST(RequestJournal, WhatHasFittedIntoAnotherWorkerWaitsForSuchAOne) {
+  RequestJournal journal;
+  journal.BeginAttempt();
+  EXPECT_TRUE(journal.Record(0, 5, false).ok());
+  EXPECT_TRUE(journal.AttemptEnded(kGone).ok());
+  for (int attempt = 0; attempt < 5; ++attempt) {
+    journal.BeginAttempt();
+    journal.TakenAboard();
+    EXPECT_TRUE(journal.AttemptEnded(absl::OutOfRangeError("a smaller cache")).ok());
   }
 }
 
